@@ -1,0 +1,93 @@
+"""A track's running total reaches 10, 25, ... 1,000,000 plays: a row, and a notification to its owner."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import datetime
+
+from indexer import Block, EventSpec, Panel, Tx, sql_folder
+
+THRESHOLDS = (
+    10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000,
+)  # fmt: skip
+
+Reached = tuple[int, int, int, datetime]  # track, threshold, slot, time of the play that reached it
+
+
+class Milestones:
+    """The hook `milestones`. Needs the running totals of `aggregates`."""
+
+    name = "milestones"
+    listens: tuple[EventSpec, ...] = ()
+    tables = ("milestones", "notification")
+    after = ("plays", "aggregates")
+    migrations = ("plays", sql_folder("plays"))
+    panels = (
+        Panel(
+            "Last milestones",
+            "select id as track, threshold as plays, slot as block, timestamp as at from milestones"
+            " order by timestamp desc, threshold desc limit 10",
+        ),
+    )
+
+    async def apply(self, tx: Tx, blocks: Sequence[Block]) -> None:
+        plays = tx.inserted("plays")
+        if not plays:
+            return
+        places: dict[int, list[int]] = defaultdict(list)
+        for place, track in enumerate(plays["play_item_id"]):
+            places[track].append(place)
+        totals = await tx.fetch(
+            "select play_item_id, count from aggregate_plays where play_item_id = any($1::bigint[])", list(places)
+        )
+        slots, times = plays["slot"], plays["created_at"]
+        reached: list[Reached] = []
+        for track, total in totals:
+            mine = places[track]
+            before = total - len(mine)
+            for threshold in THRESHOLDS[bisect_right(THRESHOLDS, before) : bisect_right(THRESHOLDS, total)]:
+                place = mine[threshold - before - 1]
+                reached.append((track, threshold, slots[place], times[place]))
+        if reached:
+            await self._announce(tx, sorted(reached, key=lambda one: (one[2], one[0], one[1])))
+
+    async def _announce(self, tx: Tx, reached: Sequence[Reached]) -> None:
+        """Write the milestones that are not there yet, and tell the owners of those tracks that have one."""
+        columns = [list(column) for column in zip(*reached, strict=True)]
+        written = await tx.fetchrow(
+            """
+            with reached as (
+                select * from unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::timestamp[])
+                    with ordinality as r (track, threshold, slot, at, place)
+            ), new as (
+                insert into milestones (id, name, threshold, slot, timestamp)
+                select track, 'LISTEN_COUNT', threshold, slot, at from reached order by track, threshold
+                on conflict do nothing
+                returning id, threshold
+            ), told as (
+                insert into notification (specifier, group_id, type, slot, timestamp, data, user_ids)
+                select tracks.owner_id::text,
+                       'milestone:LISTEN_COUNT:id:' || reached.track || ':threshold:' || reached.threshold,
+                       'milestone', reached.slot, reached.at,
+                       jsonb_build_object('type', 'LISTEN_COUNT', 'track_id', reached.track, 'threshold', reached.threshold),
+                       array[tracks.owner_id::int]
+                from reached
+                join new on new.id = reached.track and new.threshold = reached.threshold
+                join tracks on tracks.track_id = reached.track and tracks.is_current
+                    and tracks.owner_id between -2147483648 and 2147483647 -- else the owner can't be in user_ids
+                order by place
+                on conflict do nothing
+                returning 1
+            )
+            select (select count(*) from new) as milestones, (select count(*) from told) as notifications
+            """,
+            *columns,
+        )
+        assert written is not None
+        tx.wrote("milestones", "inserted", written["milestones"])
+        tx.wrote("notification", "inserted", written["notifications"])
+
+
+milestones = Milestones

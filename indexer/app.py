@@ -1,0 +1,209 @@
+"""Wiring: from settings to a daemon that runs, and its end. One process, one TaskGroup."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from indexer import ledger, log, metrics, registry
+from indexer.config import Settings
+from indexer.db import Database, shown
+from indexer.embedded import EmbeddedPostgres, default_data_dir
+from indexer.errors import ConfigError, IndexerError, UsageError, WrongNetwork
+from indexer.follow import follow, leader_name
+from indexer.migrations import SQL, migrate
+from indexer.pipeline import Pipeline
+from indexer.registry import Registered
+from indexer.sources.evm import EvmSource
+from indexer.state import Role, State
+from indexer.version import version
+from indexer.web import Web
+
+# A stop that takes longer than this is ended by force: the data is at a block's border all the time.
+_STOP_SECONDS = 4.5
+_MONITOR_SECONDS = 5.0
+
+
+@asynccontextmanager
+async def open_database(settings: Settings, *, pool: bool = True) -> AsyncIterator[Database]:
+    """The configured database, or an embedded server for as long as the block runs."""
+    async with AsyncExitStack() as stack:
+        url = settings.database.url
+        if url is None:
+            folder = settings.database.data_dir or default_data_dir()
+            server = await stack.enter_async_context(EmbeddedPostgres(folder))
+            dsn = server.dsn
+            log.get().info(
+                "embedded postgres", data_dir=str(server.data_dir), version=server.version, started=server.owned
+            )
+        else:
+            dsn = url.get_secret_value()
+        database = Database(dsn, settings.database)
+        if pool:
+            await stack.enter_async_context(database.opened())
+        yield database
+
+
+def make_source(settings: Settings) -> EvmSource:
+    """The block source that `chain.source` names; raises ConfigError where its settings lack something."""
+    if settings.chain.source != "evm":
+        raise ConfigError(f'chain.source "{settings.chain.source}" is not there yet in this version: use "evm"')
+    if not settings.chain.endpoints:
+        raise ConfigError('chain.endpoints is empty: name a node, as endpoints = [{url = "http://127.0.0.1:8545"}]')
+    if not settings.contracts:
+        raise ConfigError("contracts is empty: name what to index in [[contracts]] (address, abi, start_block)")
+    return EvmSource(settings.chain, settings.contracts, settings.span)
+
+
+def migration_lines(hooks: Sequence[Registered]) -> list[tuple[str, Path]]:
+    """The engine's own migrations and those that the enabled hooks bring."""
+    return [("indexer", SQL), *registry.migration_lines(hooks)]
+
+
+async def migrate_database(database: Database, hooks: Sequence[Registered], *, dry_run: bool = False) -> list[str]:
+    """Bring the database's schema up to date; returns the files applied (or, dry, those that would be)."""
+    connection = await database.connect()
+    try:
+        applied = await migrate(connection, migration_lines(hooks), dry_run=dry_run)
+    finally:
+        await connection.close()
+    return [f"{one.line}/{one.name}" for one in applied]
+
+
+async def run(settings: Settings, *, started: Callable[[State, Web], None] | None = None) -> None:
+    """Run the daemon until it is cancelled.
+
+    Raises UsageError (2) for settings that can't work, Temporary (75) where database or node are not to be had at
+    start, Halted (3) where a hook stopped it.
+    """
+    hooks = registry.load_hooks(settings.hooks)
+    async with AsyncExitStack() as stack:
+        source = make_source(settings)
+        stack.push_async_callback(source.close)
+        registry.check_events(hooks, source.contracts.events)
+        database = await stack.enter_async_context(open_database(settings))
+        for name in await migrate_database(database, hooks):
+            log.get().info("migration applied", file=name)
+        chain = await _open_chain(settings, database, source, hooks)
+        state = State(chain.name, chain.start_block)
+        pipeline = Pipeline(chain, hooks, leader_name())
+        await _recall_halt(database, pipeline)
+        web = await stack.enter_async_context(Web(settings, database, source.endpoints.all, hooks, state).serving())
+        log.get().info(
+            "started", version=version(), chain=chain.name, chain_id=chain.identity, start_block=chain.start_block,
+            hooks=[one.name for one in hooks], database=shown(database.dsn), status=web.url,
+        )  # fmt: skip
+        if started is not None:
+            started(state, web)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(_monitor(database, chain.id, state), name="monitor")
+                tasks.create_task(follow(database, source, pipeline, state), name="follow")
+        except* Exception as group:
+            raise group.exceptions[0] from None
+        finally:
+            if state.role is not Role.HALTED:
+                state.became(Role.STOPPING)
+
+
+async def _open_chain(
+    settings: Settings, database: Database, source: EvmSource, hooks: Sequence[Registered]
+) -> ledger.ChainRow:
+    """Compare the network, the start block and the database's memory of both."""
+    identity = await source.identity()
+    wanted = settings.chain.chain_id
+    if wanted is not None and wanted != identity:
+        raise WrongNetwork(f"chain.chain_id is {wanted}, but the node answers for chain {identity}: which is right?")
+    start = settings.chain.start_block
+    start = source.contracts.first_block if start is None else start
+    async with database.acquire() as connection:
+        known = await ledger.find_chain(connection, settings.chain.name)
+        if known is None:
+            newest = (await source.heads()).newest
+            if start > newest:
+                raise UsageError(f"the start block {start} is above the chain's head {newest}: lower chain.start_block")
+        chain = await ledger.open_chain(connection, settings.chain.name, settings.chain.source, identity, start)
+        if chain.start_block != start:
+            log.get().warning(
+                "start block differs", configured=start, used=chain.start_block,
+                why="the database was started with it; another start needs another chain.name or database",
+            )  # fmt: skip
+        await ledger.register_hooks(connection, chain.id, [one.name for one in hooks])
+    metrics.build.info({"version": version(), "chain": chain.name, "source": chain.source})
+    return chain
+
+
+async def _recall_halt(database: Database, pipeline: Pipeline) -> None:
+    """Say at once why the last run stopped, if a hook stopped it: the same block is tried again now."""
+    async with database.acquire() as connection:
+        halts = [one for one in await ledger.open_failures(connection, pipeline.chain.id) if one["policy"] == "halt"]
+    for halt in halts:
+        pipeline.halted_at = halt["first"] if pipeline.halted_at is None else min(pipeline.halted_at, halt["first"])
+        metrics.halted.labels(pipeline.chain.name, halt["hook"]).set(1)
+        log.get().warning(
+            "halted before", chain=pipeline.chain.name, block=halt["first"], hook=halt["hook"], error=halt["error"],
+            at=halt["failed_at"].isoformat(timespec="seconds"), now="trying this block again",
+        )  # fmt: skip
+
+
+async def _monitor(database: Database, chain: int, state: State) -> None:
+    """Refresh what only the database or the clock knows: gaps, pool, stall."""
+    while True:
+        metrics.stalled_seconds.labels("fetch").set(state.stalled_seconds if state.waiting_on == "fetch" else 0)
+        metrics.stalled_seconds.labels("write").set(state.stalled_seconds if state.waiting_on == "write" else 0)
+        metrics.lag_seconds.labels(state.chain).set(state.lag_seconds)
+        metrics.db_pool_connections.labels("idle").set(database.pool.get_idle_size())
+        metrics.db_pool_connections.labels("used").set(database.pool.get_size() - database.pool.get_idle_size())
+        try:
+            async with database.acquire() as connection:
+                state.gaps = await ledger.gaps(connection, chain)
+        except IndexerError:
+            pass  # the follower says what is wrong with the database
+        for hook, ranges in state.gaps.items():
+            metrics.gap_blocks.labels(hook).set(sum(last - first + 1 for first, last in ranges))
+        await asyncio.sleep(_MONITOR_SECONDS)
+
+
+def serve(main: Callable[[], object]) -> int:
+    """Run the coroutine function `main` until it ends or a signal comes; returns the exit code 0.
+
+    SIGTERM and SIGINT just cancel: nothing needs repair, since every moment is a block's border. A second signal, or a
+    stop that takes too long, ends the process at once.
+    """
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None
+    try:
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    except ImportError:
+        loop_factory = None
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(_until_signalled(main))
+
+
+async def _until_signalled(main: Callable[[], object]) -> int:
+    loop = asyncio.get_running_loop()
+    task: asyncio.Task[object] = asyncio.ensure_future(main())  # type: ignore[call-overload]
+    signals: list[int] = []
+
+    def stop(number: int) -> None:
+        if signals:
+            os._exit(0)
+        signals.append(number)
+        log.get().info("stopping", signal=signal.Signals(number).name)
+        task.cancel()
+        loop.call_later(_STOP_SECONDS, os._exit, 0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not signals:
+            raise
+        log.get().info("stopped")
+    return 0

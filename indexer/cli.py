@@ -1,0 +1,157 @@
+"""The command line. Every error is one line on stderr that says what to do, and an exit code that means something."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from indexer.errors import HookLoadError, IndexerError
+
+if TYPE_CHECKING:
+    from indexer.settings_sources import Loaded
+
+app = typer.Typer(
+    name="indexer",
+    help="Follows a chain's blocks and runs your hooks on them inside one Postgres transaction.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done or stopped as asked, 1 found what it looks for, 2 usage or settings, "
+    "3 halted by a hook, 75 temporary: try again.",
+)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="TOML file; indexer.toml in this folder if it is there.")
+]
+SecretsOption = Annotated[Path | None, typer.Option("--secrets", help="Folder with one file a secret: database__url.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from indexer.version import version as number
+
+        typer.echo(number())
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        raise typer.Exit(2)
+
+
+def _load(config: Path | None, secrets: Path | None) -> Loaded:
+    from indexer import log
+    from indexer.settings_sources import load_settings
+
+    loaded = load_settings(config, secrets)
+    log.configure(loaded.settings.log)
+    return loaded
+
+
+@app.command(epilog="Example: indexer run --config indexer.toml")
+def run(config: ConfigOption = None, secrets: SecretsOption = None) -> None:
+    """Follow the chain until SIGTERM or Ctrl-C."""
+    from indexer import app as application
+    from indexer import progress
+
+    settings = _load(config, secrets).settings
+    with progress.shown(settings.log) as started:
+        code = application.serve(lambda: application.run(settings, started=started))
+    raise typer.Exit(code)
+
+
+@app.command(epilog="Example: indexer migrate --dry-run")
+def migrate(
+    config: ConfigOption = None,
+    secrets: SecretsOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be applied.")] = False,
+) -> None:
+    """Bring the database's schema up to date (run does it too, at its start)."""
+    from indexer import app as application
+    from indexer import registry
+
+    settings = _load(config, secrets).settings
+
+    async def main() -> list[str]:
+        hooks = registry.load_hooks(settings.hooks)
+        async with application.open_database(settings, pool=False) as database:
+            return await application.migrate_database(database, hooks, dry_run=dry_run)
+
+    names = asyncio.run(main())
+    for name in names:
+        typer.echo(f"{'would apply' if dry_run else 'applied'} {name}")
+    if not names:
+        typer.echo("nothing to apply: the schema is up to date")
+
+
+@app.command(epilog="Example: indexer status --watch")
+def status(
+    config: ConfigOption = None,
+    secrets: SecretsOption = None,
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second until Ctrl-C.")] = False,
+) -> None:
+    """Head, cursor, lag, rates, ETA and gaps per hook, from the database."""
+    from indexer import status as facts
+
+    settings = _load(config, secrets).settings
+    try:
+        found = asyncio.run(facts.show(settings, as_json=as_json, watch=watch))
+    except KeyboardInterrupt:
+        return
+    raise typer.Exit(0 if found else 1)
+
+
+@app.command("config", epilog="Example: indexer config --json")
+def show_config(config: ConfigOption = None, secrets: SecretsOption = None, as_json: JsonOption = False) -> None:
+    """The effective settings, secrets masked, and where each came from."""
+    from rich.console import Console
+
+    from indexer import config_report
+
+    loaded = _load(config, secrets)
+    if as_json:
+        typer.echo(json.dumps(config_report.as_json(loaded), indent=2))
+    else:
+        Console(soft_wrap=not sys.stdout.isatty()).print(config_report.render(loaded))
+
+
+@app.command(epilog="Example: indexer demo --seconds 30")
+def demo(
+    seconds: Annotated[float | None, typer.Option(help="End by itself after so long; Ctrl-C by default.")] = None,
+    chain: Annotated[str, typer.Option(help="anvil, simulated, or auto: anvil where it is at hand.")] = "auto",
+    rpc: Annotated[str | None, typer.Option(help="Follow a real node instead of a local chain.")] = None,
+    contract: Annotated[str | None, typer.Option(help="With --rpc: address of a PlayRegistry contract.")] = None,
+    start_block: Annotated[int | None, typer.Option(help="With --rpc: first block; a recent one by default.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Keep the database here; a temporary one by default.")] = None,
+    port: Annotated[int, typer.Option(help="Port of the status page; 0 takes a free one.")] = 9464,
+) -> None:
+    """The whole thing on this machine: an embedded Postgres, a local chain, plays arriving, a page to look at."""
+    from indexer import demo as demonstration
+
+    options = demonstration.Options(seconds, chain, rpc, contract, start_block, data_dir, port)
+    raise typer.Exit(demonstration.main(options))
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except IndexerError as error:
+        if isinstance(error, HookLoadError) and error.details:
+            print(error.details.rstrip(), file=sys.stderr)
+        print("indexer: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

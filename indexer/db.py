@@ -1,0 +1,177 @@
+"""Connections to Postgres: UTC, a timeout on everything, the leader's lock, which troubles are the database's own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import asyncpg
+from asyncpg.exceptions import PostgresError
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+
+from indexer.config import DatabaseSettings
+from indexer.errors import ConfigError, DatabaseUnavailable, IndexerError
+
+if TYPE_CHECKING:
+    Connection = asyncpg.Connection[asyncpg.Record]
+    Pool = asyncpg.Pool[asyncpg.Record]
+else:
+    Connection = asyncpg.Connection
+    Pool = asyncpg.Pool
+
+# A leader that is paused or cut off loses its session, and with it its lock, after this long: the standby's turn.
+LEADER_SILENCE_SECONDS = 7
+HEARTBEAT_SECONDS = 2.0
+
+# SQLSTATE classes that are the server's state and not the statement's fault: connection, rollbacks by conflict,
+# resources, locks and timeouts, an operator's intervention, system errors.
+_TRANSIENT_CLASSES = frozenset({"08", "40", "53", "55", "57", "58"})
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether `error` is the database's own trouble, worth the same statement again, and never a hook's failure."""
+    if isinstance(error, DatabaseUnavailable):
+        return True
+    if isinstance(error, PostgresError):
+        return (error.sqlstate or "")[:2] in _TRANSIENT_CLASSES or (error.sqlstate == "25P03")
+    if isinstance(error, asyncpg.InterfaceError):
+        return "connection" in str(error)
+    return isinstance(error, (OSError, TimeoutError))
+
+
+def _refused(error: BaseException) -> IndexerError | None:
+    """What a failed connect means for the operator."""
+    wrong_settings = (
+        asyncpg.InvalidPasswordError,
+        asyncpg.InvalidAuthorizationSpecificationError,
+        asyncpg.InvalidCatalogNameError,
+    )
+    if isinstance(error, asyncpg.ClientConfigurationError | ValueError):
+        return ConfigError("database.url is not a valid address: write postgresql://user:password@host:5432/name")
+    if isinstance(error, wrong_settings):
+        return ConfigError(f"the database refuses us: {error}; check database.url")
+    if is_transient(error):
+        reason = str(error) or "no answer in time"
+        return DatabaseUnavailable(f"the database can't be reached: {reason}; check database.url and the server")
+    return None
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn the database's own troubles into DatabaseUnavailable and let every other error pass."""
+    try:
+        yield
+    except DatabaseUnavailable:
+        raise
+    except Exception as error:
+        if is_transient(error):
+            raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+        raise
+
+
+class Database:
+    """Where connections come from. `pool` is for readers and small writes; spans have a connection of their own."""
+
+    def __init__(self, dsn: str, settings: DatabaseSettings, *, name: str = "indexer") -> None:
+        self.dsn, self.settings, self.name = dsn, settings, name
+        self.pool: Pool
+
+    def _options(self, **server: str) -> dict[str, Any]:
+        seconds = self.settings.command_timeout_seconds
+        return {
+            "command_timeout": seconds,
+            "server_settings": {
+                "application_name": self.name,
+                "timezone": "UTC",
+                "search_path": self.settings.schema_,
+                "statement_timeout": str(int(seconds * 1000)),
+                # notice a lost network in seconds and not in hours (no effect on a unix socket)
+                "tcp_keepalives_idle": "2",
+                "tcp_keepalives_interval": "1",
+                "tcp_keepalives_count": "3",
+                **server,
+            },
+        }
+
+    async def connect(self, **server: str) -> Connection:
+        """One connection, tried until connect_timeout_seconds have passed; `server` are further session settings.
+
+        Raises ConfigError where the settings are wrong, DatabaseUnavailable where the server is not to be had.
+        """
+        options = self._options(**server)
+        connection: Connection = await self._patiently(
+            lambda: asyncpg.connect(self.dsn, timeout=self._patience, **options)
+        )
+        return connection
+
+    @property
+    def _patience(self) -> float:
+        return self.settings.connect_timeout_seconds
+
+    async def _patiently(self, open_: Any) -> Any:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(DatabaseUnavailable),
+            wait=wait_exponential_jitter(initial=0.1, max=1.0, jitter=0.1),
+            stop=stop_after_delay(self._patience),
+            reraise=True,
+        )
+        async for attempt in retrying:
+            with attempt:
+                try:
+                    return await open_()
+                except Exception as error:
+                    refused = _refused(error)
+                    if refused is None:
+                        raise
+                    raise refused from error
+        raise AssertionError("tenacity ends by returning or raising")
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[Database]:
+        """Open the pool for the time of the block."""
+        self.pool = await self._patiently(
+            lambda: asyncpg.create_pool(
+                self.dsn, min_size=1, max_size=self.settings.pool_size, timeout=self._patience, **self._options()
+            )
+        )
+        try:
+            yield self
+        finally:
+            # what does not close in time is dropped with the process
+            with suppress(Exception):
+                await asyncio.wait_for(self.pool.close(), 2.0)
+
+    @asynccontextmanager
+    async def acquire(self) -> AsyncIterator[Connection]:
+        """A connection of the pool, waited for at most connect_timeout_seconds; troubles are DatabaseUnavailable."""
+        with translated():
+            async with self.pool.acquire(timeout=self._patience) as connection:
+                yield connection  # type: ignore[misc]
+
+    async def writer(self) -> Connection:
+        """The connection that will hold the leader's lock and write spans.
+
+        Its session ends on the server when we fall silent, inside a transaction or outside: a process that was paused
+        or cut off can't keep the lock from the standby.
+        """
+        silence = str(LEADER_SILENCE_SECONDS * 1000)
+        return await self.connect(
+            idle_session_timeout=silence,
+            idle_in_transaction_session_timeout=silence,
+            application_name=f"{self.name} writer",
+        )
+
+
+async def try_lead(connection: Connection, chain: int) -> bool:
+    """Take the chain's advisory lock for as long as this connection lives; False where another process has it."""
+    with translated():
+        return bool(await connection.fetchval("select pg_try_advisory_lock(hashtext('indexer.leader'), $1)", chain))
+
+
+def shown(dsn: str) -> str:
+    """The database's address without user, password and parameters."""
+    parts = urlsplit(dsn)
+    return f"{parts.scheme}://{parts.hostname or 'local'}{f':{parts.port}' if parts.port else ''}{parts.path}"

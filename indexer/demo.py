@@ -1,0 +1,220 @@
+"""`indexer demo`: an embedded Postgres, a local chain, plays arriving, the daemon, and a page to look at."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from indexer import app, log
+from indexer.config import LogSettings, Settings
+from indexer.db import Database
+from indexer.demochain import PLAY_REGISTRY, DemoChain, local_chain
+from indexer.embedded import EmbeddedPostgres
+from indexer.errors import DatabaseUnavailable, UsageError
+from indexer.state import State
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    from indexer.web import Web
+
+HOOKS = ["hooks.plays:plays", "hooks.aggregates:aggregates", "hooks.milestones:milestones"]
+_PLAIN_SECONDS = 2.0
+# how far back a real chain is followed by default
+_RECENT_BLOCKS = 1_000
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What the command line said."""
+
+    seconds: float | None
+    chain: str
+    rpc: str | None
+    contract: str | None
+    start_block: int | None
+    data_dir: Path | None
+    port: int
+
+
+class _Running:
+    """What is shown once the daemon runs."""
+
+    def __init__(self) -> None:
+        self.state: State | None = None
+        self.url = ""
+        self.ready = asyncio.Event()
+
+
+def main(options: Options) -> int:
+    """Run the demo; returns the exit code. Raises UsageError for options that don't fit together."""
+    if options.chain not in ("auto", "anvil", "simulated"):
+        raise UsageError(f'--chain "{options.chain}" is not known: anvil, simulated or auto')
+    if (options.rpc is None) != (options.contract is None):
+        raise UsageError("--rpc and --contract go together: the node's address and that of a PlayRegistry contract")
+    # the summary is what is looked at here; of the log only what is wrong
+    log.configure(LogSettings(level="warning", format="console"))
+    return app.serve(lambda: _demo(options))
+
+
+async def _demo(options: Options) -> None:
+    async with AsyncExitStack() as stack:
+        data_dir = options.data_dir
+        if data_dir is None:
+            data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="indexer-demo-"))) / "postgres"
+        _print(f"Starting Postgres in {data_dir} ...")
+        server = await stack.enter_async_context(EmbeddedPostgres(data_dir))
+        chain = await stack.enter_async_context(_chain(options))
+        _print(f"Postgres {server.version}; {chain.description}")
+        settings = Settings(
+            database={"url": server.dsn},
+            chain={
+                "name": "demo", "endpoints": [{"url": chain.url, "ws": chain.ws_url, "name": chain.name}],
+                "start_block": chain.start_block,
+            },
+            contracts=[{"name": "PlayRegistry", "address": chain.contract, "abi": PLAY_REGISTRY, "events": ["Played"]}],
+            hooks={"enabled": HOOKS},
+            http={"port": options.port},
+        )  # fmt: skip
+        await _together(settings, chain, options.seconds)
+
+
+async def _together(settings: Settings, chain: DemoChain, seconds: float | None) -> None:
+    """The daemon, the plays and the summary, until one fails, the time is over or we are cancelled."""
+    running = _Running()
+
+    def started(state: State, web: Web) -> None:
+        running.state, running.url = state, web.url
+        running.ready.set()
+
+    tasks = [
+        asyncio.create_task(app.run(settings, started=started)),
+        asyncio.create_task(chain.play()),
+        asyncio.create_task(_show(settings, running)),
+    ]
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks[1:]:
+            task.cancel()
+        await asyncio.gather(*tasks[1:], return_exceptions=True)
+        if running.state is not None:
+            with suppress(Exception):
+                async with asyncio.timeout(2):
+                    await _say_goodbye(settings, running.state)
+        tasks[0].cancel()
+        await asyncio.gather(tasks[0], return_exceptions=True)
+
+
+@asynccontextmanager
+async def _chain(options: Options) -> AsyncIterator[DemoChain]:
+    if options.rpc is None or options.contract is None:
+        async with local_chain(options.chain) as chain:
+            yield chain
+        return
+    start = options.start_block
+    if start is None:
+        from indexer.devchain import DevClient
+
+        async with DevClient(options.rpc) as client:
+            start = max(0, await client.block_number() - _RECENT_BLOCKS)
+    yield DemoChain("node", "a real chain, from your node", options.rpc, None, options.contract, start)
+
+
+async def _facts(connection: asyncpg.Connection[Any]) -> dict[str, Any]:
+    plays, tracks, milestones = await connection.fetchrow(  # type: ignore[misc]
+        """
+        select (select count(*) from plays), (select count(*) from aggregate_plays), (select count(*) from milestones)
+        """
+    )
+    top = await connection.fetch(
+        "select play_item_id, count from aggregate_plays order by count desc, play_item_id limit 5"
+    )
+    last = await connection.fetch(
+        "select id, threshold, slot from milestones order by timestamp desc, threshold desc limit 5"
+    )
+    return {"plays": plays, "tracks": tracks, "milestones": milestones, "top": top, "last": last}
+
+
+async def _show(settings: Settings, running: _Running) -> None:
+    """The live summary: a picture on a terminal, a plain line now and then elsewhere."""
+    console = Console()
+    database = Database(_dsn(settings), settings.database, name="indexer demo")
+    await running.ready.wait()
+    assert running.state is not None
+    _print(f"Status page: {running.url}")
+    connection = await database.connect()
+    try:
+        if not console.is_terminal:
+            while True:
+                _print(_line(running.state, await _facts(connection)))
+                await asyncio.sleep(_PLAIN_SECONDS)
+        with Live(console=console, refresh_per_second=4, transient=True) as live:
+            while True:
+                live.update(_picture(running, await _facts(connection)))
+                await asyncio.sleep(0.5)
+    finally:
+        connection.terminate()
+
+
+def _line(state: State, facts: dict[str, Any]) -> str:
+    blocks, events = state.rates
+    return (
+        f"head {state.heads.newest}  cursor {state.cursor}  lag {state.lag_blocks}  {blocks:.1f} blocks/s  "
+        f"{events:.1f} events/s  plays {facts['plays']:,}  tracks {facts['tracks']:,}  "
+        f"milestones {facts['milestones']:,}"
+    )
+
+
+def _picture(running: _Running, facts: dict[str, Any]) -> Group:
+    assert running.state is not None
+    tables = Table.grid(padding=(0, 4))
+    top, last = Table(title="Top tracks"), Table(title="Last milestones")
+    for column in ("track", "plays"):
+        top.add_column(column, justify="right")
+    for column in ("track", "plays", "block"):
+        last.add_column(column, justify="right")
+    for row in facts["top"]:
+        top.add_row(f"{row['play_item_id']:,}", f"{row['count']:,}")
+    for row in facts["last"]:
+        last.add_row(f"{row['id']:,}", f"{row['threshold']:,}", f"{row['slot']:,}")
+    tables.add_row(top, last)
+    hint = Text(f"Status page: {running.url}   Ctrl-C ends the demo", style="dim")
+    return Group(Text(_line(running.state, facts)), tables, hint)
+
+
+async def _say_goodbye(settings: Settings, state: State) -> None:
+    """What was indexed, compared with nothing but the database."""
+    database = Database(_dsn(settings), settings.database, name="indexer demo")
+    connection = await database.connect()
+    try:
+        facts = await _facts(connection)
+    finally:
+        connection.terminate()
+    _print(
+        f"Indexed {state.blocks:,} blocks with {state.events:,} events: {facts['plays']:,} plays of "
+        f"{facts['tracks']:,} tracks, {facts['milestones']:,} milestones."
+    )
+
+
+def _dsn(settings: Settings) -> str:
+    if settings.database.url is None:
+        raise DatabaseUnavailable("the demo has no database")
+    return settings.database.url.get_secret_value()
+
+
+def _print(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {line}", file=sys.stdout, flush=True)

@@ -1,0 +1,87 @@
+"""The deliberate exceptions, drawn as a tree. Everything else that is raised is a bug or a hook's own.
+
+    IndexerError
+    ├── UsageError        2   what the operator typed or configured can't work
+    │   ├── ConfigError       a setting
+    │   ├── AbiError          an ABI file or an event signature
+    │   ├── HookLoadError     a hook that is not there or does not import
+    │   ├── MigrationError    a migration file that was changed, or a database that is newer than we are
+    │   └── WrongNetwork      the chain is not the one that was configured or first seen
+    ├── Halted            3   nothing can be committed before a person has looked
+    │   ├── HookFailed        a hook raised, and its policy is to halt
+    │   └── DeepReorg         the chain changed below what was final
+    └── Temporary        75   may be well again by itself
+        ├── DatabaseUnavailable
+        ├── RpcUnavailable
+        └── LostLeadership    another process holds the lock or has moved the cursor
+"""
+
+from __future__ import annotations
+
+
+class IndexerError(Exception):
+    """Base of all deliberate errors. Its text is one line that says what to do; `exit_code` is the process's."""
+
+    exit_code = 1
+
+
+class UsageError(IndexerError):
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    pass
+
+
+class AbiError(UsageError):
+    pass
+
+
+class HookLoadError(UsageError):
+    """`details` is the traceback of the hook's own import, shown above the one line."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class MigrationError(UsageError):
+    pass
+
+
+class WrongNetwork(UsageError):
+    pass
+
+
+class Halted(IndexerError):
+    exit_code = 3
+
+
+class HookFailed(Halted):
+    """A hook raised on the blocks `first` to `last`; `__cause__` is what it raised."""
+
+    def __init__(self, hook: str, first: int, last: int, cause: BaseException) -> None:
+        at = f"block {first}" if first == last else f"blocks {first} to {last}"
+        super().__init__(f"hook {hook} failed at {at}: {type(cause).__name__}: {cause}")
+        self.hook, self.first, self.last = hook, first, last
+        self.__cause__ = cause
+
+
+class DeepReorg(Halted):
+    pass
+
+
+class Temporary(IndexerError):
+    exit_code = 75
+
+
+class DatabaseUnavailable(Temporary):
+    pass
+
+
+class RpcUnavailable(Temporary):
+    pass
+
+
+class LostLeadership(Temporary):
+    pass

@@ -1,0 +1,56 @@
+"""A simulated EVM chain and the JSON-RPC nodes that serve it: for tests, the testing kit, and a demo without anvil.
+
+There is no EVM in it: a transaction is the logs that it emitted. What an indexer can see is real, though: JSON-RPC
+over HTTP and WebSocket, ABI-encoded logs, keccak blooms, forks, and the lies and limits of providers (`faults`).
+
+    chain = FakeChain()
+    chain.mine([encode_event(played, {"trackId": "1", ...}, ADDRESS)])
+    async with FakeNode(chain) as node:
+        node.faults.append(rate_limited(2, retry_after=1))
+        ...  # point an indexer at node.url, and node.ws_url
+        chain.fork(1, [[], []])
+"""
+
+from indexer.fakechain.answers import RpcError
+from indexer.fakechain.chain import FakeBlock, FakeChain
+from indexer.fakechain.encoding import FakeLog, encode_event, event_abi, logs_bloom
+from indexer.fakechain.faults import (
+    Fault,
+    FaultSource,
+    empty_logs,
+    garbage,
+    http_error,
+    limit_range,
+    limit_results,
+    missing_block,
+    null_blocks,
+    old_head,
+    rate_limited,
+    slow,
+    wrong_chain,
+)
+from indexer.fakechain.node import FakeNode
+
+__all__ = [
+    "FakeBlock",
+    "FakeChain",
+    "FakeLog",
+    "FakeNode",
+    "Fault",
+    "FaultSource",
+    "RpcError",
+    "empty_logs",
+    "encode_event",
+    "event_abi",
+    "garbage",
+    "http_error",
+    "limit_range",
+    "limit_results",
+    "logs_bloom",
+    "missing_block",
+    "null_blocks",
+    "old_head",
+    "rate_limited",
+    "slow",
+    "wrong_chain",
+]

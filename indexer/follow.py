@@ -1,0 +1,200 @@
+"""Follow a chain: one step at a time, with the lead or standing by. `follow` is the only loop that sleeps."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing, asynccontextmanager, suppress
+from enum import Enum
+from typing import TypeVar
+
+from indexer import ledger, log, metrics
+from indexer.db import HEARTBEAT_SECONDS, Connection, Database, translated, try_lead
+from indexer.errors import DatabaseUnavailable, DeepReorg, HookFailed, LostLeadership
+from indexer.ledger import Cursor, Pace
+from indexer.model import BlockSource, Span
+from indexer.pipeline import Applied, Pipeline
+from indexer.state import Role, State
+
+T = TypeVar("T")
+
+_STANDBY_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 10.0
+
+
+class Outcome(Enum):
+    IDLE = "idle"
+    ADVANCED = "advanced"
+    REWOUND = "rewound"
+
+
+class Follower:
+    """Brings the database one step nearer to the chain at a time. Holds the writer's connection and the cursor."""
+
+    def __init__(
+        self, connection: Connection, source: BlockSource, pipeline: Pipeline, state: State, cursor: Cursor
+    ) -> None:
+        self.connection, self.source, self.pipeline, self.state = connection, source, pipeline, state
+        self.at = cursor.ref
+        self._spans: AsyncIterator[Span] | None = None
+        self._said_at = 0.0
+        state.at(cursor.ref.number, cursor.block_time)
+
+    async def step(self) -> Outcome:
+        """One span, or nothing to do. Every error leaves database and cursor at a block's border."""
+        if self._spans is None:
+            heads = await self.alive(self.source.heads())
+            self.state.saw(heads)
+            if heads.newest <= self.at.number:
+                return Outcome.IDLE
+            self._spans = self.source.spans(self.at.number + 1, heads.newest)
+        self.state.waiting_on = "fetch"
+        span = await self.alive(anext(self._spans, None))
+        if span is None:
+            self._spans = None
+            return Outcome.ADVANCED
+        self._check_link(span)
+        self.state.waiting_on = "write"
+        with translated():
+            async with aclosing(self.pipeline.apply(self.connection, self.at, span, self.pace)) as parts:
+                async for applied in parts:
+                    self.at = applied.span.end
+                    self.state.committed(applied.span)
+                    self._say(applied)
+        return Outcome.ADVANCED
+
+    def _say(self, applied: Applied) -> None:
+        """One line a block at the head; catching up, at most one a second."""
+        now, span = time.monotonic(), applied.span
+        if self.state.lag_blocks and now - self._said_at < 1.0:
+            return
+        self._said_at = now
+        log.get().info(
+            "span committed", chain=self.state.chain, first=span.first, last=span.last, events=span.events,
+            rows=sum(applied.written.values()), seconds=round(applied.seconds, 4), lag_blocks=self.state.lag_blocks,
+        )  # fmt: skip
+
+    def _check_link(self, span: Span) -> None:
+        """The new block must hang on ours."""
+        if not self.at.hash or not span.blocks or span.blocks[0].number != self.at.number + 1:
+            return
+        parent = span.blocks[0].parent_hash
+        if parent is not None and parent != self.at.hash:
+            raise DeepReorg(
+                f"block {self.at.number} is 0x{self.at.hash.hex()} here but 0x{parent.hex()} on the chain: "
+                "it was reorganised below what this version can undo"
+            )
+
+    @property
+    def pace(self) -> Pace:
+        return Pace(self.state.heads, *self.state.rates)
+
+    async def alive(self, work: Awaitable[T]) -> T:
+        """Wait for the world, telling the database every few seconds that we are still here."""
+        task = asyncio.ensure_future(work)
+        try:
+            while True:
+                done, _ = await asyncio.wait({task}, timeout=HEARTBEAT_SECONDS)
+                if done:
+                    return task.result()
+                await self.beat()
+        finally:
+            if not task.done():
+                task.cancel()
+                with suppress(BaseException):
+                    await task
+
+    async def beat(self) -> None:
+        with translated():
+            await ledger.heartbeat(self.connection, self.pipeline.chain.id, self.pace, self.pipeline.leader)
+
+    async def close(self) -> None:
+        """Stop fetching ahead."""
+        spans, self._spans = self._spans, None
+        if spans is not None:
+            await spans.aclose()  # type: ignore[attr-defined]
+
+
+async def follow(database: Database, source: BlockSource, pipeline: Pipeline, state: State) -> None:
+    """Follow for ever: lead where nobody else does, stand by otherwise, and try again what the database did not take.
+
+    Ends only by cancellation or by an error that is not the database's: HookFailed (already recorded), a bug.
+    """
+    pause = 0.1
+    while True:
+        before = state.spans
+        try:
+            async with _leading(database, pipeline, state) as connection:
+                await _lead(connection, source, pipeline, state)
+        except HookFailed as failed:
+            await _record_halt(database, pipeline, state, failed)
+            raise
+        except LostLeadership as error:
+            state.became(Role.STANDBY, str(error))
+            log.get().warning("leadership lost", chain=state.chain, reason=str(error))
+        except DatabaseUnavailable as error:
+            state.became(Role.STARTING, f"database: {error}")
+            log.get().warning("database unavailable", chain=state.chain, error=str(error), seconds=round(pause, 2))
+        pause = 0.1 if state.spans > before else min(pause * 2, _LONGEST_PAUSE_SECONDS)
+        await asyncio.sleep(pause)
+
+
+async def _lead(connection: Connection, source: BlockSource, pipeline: Pipeline, state: State) -> None:
+    with translated():
+        cursor = await ledger.cursor(connection, pipeline.chain.id)
+    follower = Follower(connection, source, pipeline, state, cursor)
+    state.became(Role.LEADER)
+    log.get().info("leader acquired", chain=state.chain, block=cursor.ref.number, leader=pipeline.leader)
+    try:
+        while True:
+            if await follower.step() is Outcome.IDLE:
+                await follower.alive(source.wait(HEARTBEAT_SECONDS))
+    finally:
+        await follower.close()
+
+
+@asynccontextmanager
+async def _leading(database: Database, pipeline: Pipeline, state: State) -> AsyncIterator[Connection]:
+    """The writer's connection, once it holds the chain's lock; until then we stand by."""
+    connection = await database.writer()
+    try:
+        while not await try_lead(connection, pipeline.chain.id):
+            if state.role is not Role.STANDBY:
+                state.became(Role.STANDBY, "another process leads this chain")
+                log.get().info("standing by", chain=state.chain)
+            await _watch_leader(connection, pipeline, state)
+            await asyncio.sleep(_STANDBY_SECONDS)
+        yield connection
+    finally:
+        # a lock dies with its connection; one that does not close in time is dropped
+        with suppress(Exception):
+            await asyncio.wait_for(connection.close(), 1.0)
+        connection.terminate()
+
+
+async def _watch_leader(connection: Connection, pipeline: Pipeline, state: State) -> None:
+    """Show on a standby's probes and page how far the leader is."""
+    with translated():
+        cursor = await ledger.cursor(connection, pipeline.chain.id)
+    state.at(cursor.ref.number, cursor.block_time)
+
+
+async def _record_halt(database: Database, pipeline: Pipeline, state: State, failed: HookFailed) -> None:
+    """Keep the reason in the database, where `status` and the next start find it."""
+    state.became(Role.HALTED, str(failed))
+    metrics.halted.labels(state.chain, failed.hook).set(1)
+    metrics.hook_failures_total.labels(failed.hook, "halt").inc()
+    log.get().error("halted", chain=state.chain, block=failed.first, hook=failed.hook, error=str(failed.__cause__))
+    try:
+        async with database.acquire() as connection:
+            await ledger.record_failure(connection, pipeline.chain.id, failed, "halt")
+    except DatabaseUnavailable as error:
+        log.get().error("halt not recorded", chain=state.chain, error=str(error))
+
+
+def leader_name() -> str:
+    """How this process is named in the database: host and process id."""
+    return f"{socket.gethostname()}:{os.getpid()}"

@@ -1,0 +1,259 @@
+"""All SQL on the engine's tables: chain, cursor, block, coverage, failure, quarantine."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import asyncpg
+import msgspec
+
+from indexer.db import Connection
+from indexer.errors import HookFailed, LostLeadership, WrongNetwork
+from indexer.model import BlockRef, Heads, Quarantined, Span
+
+# asyncpg's type for int8multirange is a list of ranges
+Ranges = list[tuple[int, int]]
+
+
+class ChainRow(msgspec.Struct, frozen=True):
+    """A chain as the database knows it: its number there, its id and the first block that is indexed."""
+
+    id: int
+    name: str
+    source: str
+    identity: str
+    start_block: int
+
+
+class Cursor(msgspec.Struct, frozen=True):
+    """How far a chain is applied: the ref of the newest applied block and that block's time (seconds since 1970)."""
+
+    ref: BlockRef
+    block_time: int | None
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """What the writer sees and how fast it goes, stored beside the cursor for `indexer status`."""
+
+    heads: Heads
+    blocks_per_second: float = 0.0
+    events_per_second: float = 0.0
+
+
+async def open_chain(connection: Connection, name: str, source: str, identity: str, start_block: int) -> ChainRow:
+    """The chain's row, created together with its cursor where it is new.
+
+    Raises WrongNetwork where the database was started with another chain of that name.
+    """
+    async with connection.transaction():
+        await connection.execute(
+            """
+            insert into indexer.chain (name, source, identity, start_block) values ($1, $2, $3, $4)
+            on conflict (name) do nothing
+            """,
+            name, source, identity, start_block,
+        )  # fmt: skip
+        chain = await find_chain(connection, name)
+        assert chain is not None
+        await connection.execute(
+            "insert into indexer.cursor (chain, number, hash) values ($1, $2, '') on conflict do nothing",
+            chain.id, chain.start_block - 1,
+        )  # fmt: skip
+    if chain.identity != identity:
+        raise WrongNetwork(
+            f"chain {name} in this database is {chain.identity}, the node answers for {identity}: "
+            "point chain.endpoints at the right network, or give this chain another chain.name"
+        )
+    return chain
+
+
+async def find_chain(connection: Connection, name: str) -> ChainRow | None:
+    row = await connection.fetchrow(
+        "select id, name, source, identity, start_block from indexer.chain where name = $1", name
+    )
+    return ChainRow(**dict(row)) if row else None
+
+
+async def cursor(connection: Connection, chain: int) -> Cursor:
+    row = await connection.fetchrow("select number, hash, block_time from indexer.cursor where chain = $1", chain)
+    assert row is not None, "open_chain makes the cursor"
+    time = row["block_time"]
+    return Cursor(BlockRef(row["number"], row["hash"]), int(time.timestamp()) if time else None)
+
+
+async def advance(connection: Connection, chain: int, at: BlockRef, span: Span, pace: Pace, leader: str) -> None:
+    """Move the cursor from `at` to the end of `span`: the first statement of the span's transaction.
+
+    Raises LostLeadership where the cursor is no longer at `at`: somebody else writes this chain. A second writer waits
+    here for the first one's commit, and then loses.
+    """
+    status = await connection.execute(
+        """
+        update indexer.cursor
+        set number = $4, hash = $5, block_time = $6, head = greatest($7::bigint, $4::bigint), final = $8,
+            blocks_per_second = $9, events_per_second = $10, leader = $11, updated_at = now(), seen_at = now()
+        where chain = $1 and number = $2 and hash = $3
+        """,
+        chain, at.number, at.hash, span.end.number, span.end.hash, moment(span.end_timestamp),
+        pace.heads.newest, pace.heads.final, pace.blocks_per_second, pace.events_per_second, leader,
+    )  # fmt: skip
+    if status != "UPDATE 1":
+        raise LostLeadership(f"the cursor is no longer at block {at.number}: another process writes this chain")
+
+
+async def heartbeat(connection: Connection, chain: int, pace: Pace, leader: str) -> None:
+    """Say that the leader lives, and what it sees, while there is nothing to commit."""
+    await connection.execute(
+        """
+        update indexer.cursor
+        set head = $2, final = $3, blocks_per_second = $4, events_per_second = $5, leader = $6, seen_at = now()
+        where chain = $1
+        """,
+        chain, pace.heads.newest, pace.heads.final, pace.blocks_per_second, pace.events_per_second, leader,
+    )  # fmt: skip
+
+
+async def register_hooks(connection: Connection, chain: int, hooks: Sequence[str]) -> None:
+    """Give each hook its coverage row; one that is added late starts with a hole."""
+    await connection.execute(
+        "insert into indexer.coverage (chain, hook) select $1, unnest($2::text[]) on conflict do nothing",
+        chain, list(hooks),
+    )  # fmt: skip
+
+
+async def cover(connection: Connection, chain: int, hooks: Sequence[str], first: int, last: int) -> None:
+    """Note that the hooks have applied the blocks `first` to `last`."""
+    await connection.execute(
+        """
+        update indexer.coverage
+        set blocks = blocks + int8multirange(int8range($3, $4, '[]'))
+        where chain = $1 and hook = any($2)
+        """,
+        chain, list(hooks), first, last,
+    )  # fmt: skip
+
+
+async def gaps(connection: Connection, chain: int) -> dict[str, Ranges]:
+    """For each hook the ranges (first, last) from the start block to the cursor that it has not applied."""
+    rows = await connection.fetch(
+        """
+        select coverage.hook,
+               int8multirange(int8range(chain.start_block, cursor.number, '[]')) - coverage.blocks as missing
+        from indexer.coverage
+        join indexer.chain on chain.id = coverage.chain
+        join indexer.cursor on cursor.chain = coverage.chain
+        where coverage.chain = $1 and cursor.number >= chain.start_block
+        order by coverage.hook
+        """,
+        chain,
+    )
+    return {row["hook"]: [_closed(range_) for range_ in row["missing"]] for row in rows}
+
+
+def _closed(range_: asyncpg.Range[int]) -> tuple[int, int]:
+    # int8 ranges come back in the canonical form [first, end)
+    first, end = range_.lower, range_.upper
+    assert first is not None and end is not None
+    return first, end - 1
+
+
+async def remember(connection: Connection, chain: int, span: Span, final: int) -> None:
+    """Keep the refs of blocks that may still be reorganised, and forget those that no longer can."""
+    await connection.executemany(
+        """
+        insert into indexer.block (chain, number, hash, parent_hash, block_time) values ($1, $2, $3, $4, $5)
+        on conflict (chain, number) do update
+        set hash = excluded.hash, parent_hash = excluded.parent_hash, block_time = excluded.block_time
+        """,
+        [(chain, block.number, block.hash, block.parent_hash, moment(block.timestamp)) for block in span.blocks],
+    )
+    # the final block itself stays: a fork's common ancestor may be it
+    await connection.execute("delete from indexer.block where chain = $1 and number < $2", chain, final)
+
+
+async def quarantine(connection: Connection, chain: int, logs: Sequence[Quarantined]) -> None:
+    await connection.executemany(
+        """
+        insert into indexer.quarantine
+            (chain, number, block_hash, log_index, event, address, tx_hash, topics, data, error)
+        values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+        on conflict do nothing
+        """,
+        [
+            (chain, log.number, log.block_hash, log.index, log.event, log.address, log.tx_hash,
+             list(log.topics), log.data, log.error)
+            for log in logs
+        ],
+    )  # fmt: skip
+
+
+async def record_failure(connection: Connection, chain: int, failed: HookFailed, policy: str) -> None:
+    """Keep why a hook failed; a halt that happens again at the same block replaces its row."""
+    cause = failed.__cause__
+    assert cause is not None
+    text = "".join(traceback.format_exception(cause)).replace("\0", "")
+    async with connection.transaction():
+        await connection.execute(
+            """
+            delete from indexer.failure
+            where chain = $1 and hook = $2 and first = $3 and policy = 'halt' and resolved_at is null
+            """,
+            chain, failed.hook, failed.first,
+        )  # fmt: skip
+        await connection.execute(
+            """
+            insert into indexer.failure (chain, hook, first, last, policy, error, traceback)
+            values ($1, $2, $3, $4, $5, $6, $7)
+            """,
+            chain, failed.hook, failed.first, failed.last, policy,
+            f"{type(cause).__name__}: {cause}".replace("\0", ""), text,
+        )  # fmt: skip
+
+
+async def resolve_failures(connection: Connection, chain: int, hooks: Sequence[str], first: int, last: int) -> None:
+    """Close the failures of blocks that the hooks have applied now."""
+    await connection.execute(
+        """
+        update indexer.failure set resolved_at = now()
+        where chain = $1 and hook = any($2) and first >= $3 and last <= $4 and resolved_at is null
+        """,
+        chain, list(hooks), first, last,
+    )  # fmt: skip
+
+
+async def open_failures(connection: Connection, chain: int) -> list[dict[str, Any]]:
+    """The failures that nothing has resolved yet, oldest first."""
+    rows = await connection.fetch(
+        """
+        select id, hook, first, last, policy, error, failed_at from indexer.failure
+        where chain = $1 and resolved_at is null
+        order by id
+        """,
+        chain,
+    )
+    return [dict(row) for row in rows]
+
+
+async def standing(connection: Connection, name: str) -> dict[str, Any] | None:
+    """The row of facts behind `indexer status`, or None where the database does not know the chain."""
+    row = await connection.fetchrow(
+        """
+        select chain.id, chain.name, chain.source, chain.identity, chain.start_block,
+               cursor.number as cursor, cursor.hash, cursor.block_time, cursor.head, cursor.final,
+               cursor.blocks_per_second, cursor.events_per_second, cursor.leader,
+               extract(epoch from now() - cursor.updated_at)::float8 as committed_seconds_ago,
+               extract(epoch from now() - cursor.seen_at)::float8 as seen_seconds_ago
+        from indexer.chain join indexer.cursor on cursor.chain = chain.id
+        where chain.name = $1
+        """,
+        name,
+    )
+    return dict(row) if row else None
+
+
+def moment(seconds: int) -> datetime:
+    """A block's time as Postgres takes it."""
+    return datetime.fromtimestamp(seconds, UTC)

@@ -1,0 +1,69 @@
+"""Every metric of the process, in one place. Labels are bounded: never a contract, a track, a song or a person."""
+
+from __future__ import annotations
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+registry = CollectorRegistry()
+ProcessCollector(registry=registry)
+PlatformCollector(registry=registry)
+
+# From a block at the head in a few milliseconds to a span of thousands of events in seconds.
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+def _counter(name: str, text: str, *labels: str) -> Counter:
+    return Counter(f"indexer_{name}", text, labels, registry=registry)
+
+
+def _gauge(name: str, text: str, *labels: str) -> Gauge:
+    return Gauge(f"indexer_{name}", text, labels, registry=registry)
+
+
+def _histogram(name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+    return Histogram(f"indexer_{name}", text, labels, buckets=buckets, registry=registry)
+
+
+build = Info("indexer", "Version, chain and source", registry=registry)
+
+head_block = _gauge("head_block", "Newest block that the chain shows", "chain")
+final_block = _gauge("final_block", "Newest block that can't be reorganised", "chain")
+cursor_block = _gauge("cursor_block", "Newest block that we have committed", "chain")
+lag_blocks = _gauge("lag_blocks", "Blocks between the head and our own cursor", "chain")
+lag_seconds = _gauge("lag_seconds", "Age of the newest block that we have committed while behind, else 0", "chain")
+leader = _gauge("leader", "1 while this process leads the chain, 0 while it stands by", "chain")
+halted = _gauge("halted", "1 while a hook's failure holds the chain at a block", "chain", "hook")
+
+blocks_total = _counter("blocks_total", "Blocks committed", "chain")
+events_total = _counter("events_total", "Events committed", "chain")
+spans_total = _counter("spans_total", "Spans (transactions) committed", "chain")
+rows_total = _counter("rows_total", "Rows committed, by table and op", "table", "op")
+span_seconds = _histogram("span_seconds", "Where a span's time goes: fetch, decode, apply, commit", "stage")
+
+hook_seconds = _histogram("hook_seconds", "Time of a hook in a span", "hook")
+hook_failures_total = _counter("hook_failures_total", "Failures of a hook, by what its policy did", "hook", "policy")
+gap_blocks = _gauge("gap_blocks", "Blocks between start and cursor that the hook has not covered", "hook")
+quarantined_total = _counter("quarantined_total", "Logs that could not be decoded", "hook", "reason")
+skipped_total = _counter("skipped_total", "Events that a hook's rules pass over", "hook", "reason")
+stalled_seconds = _gauge("stalled_seconds", "Since the head moved and nothing was committed", "on")
+
+rpc_requests_total = _counter("rpc_requests_total", "Requests to a node", "endpoint", "method", "outcome")
+rpc_seconds = _histogram("rpc_seconds", "Time of a request to a node", "endpoint", "method")
+rpc_range_blocks = _gauge("rpc_range_blocks", "Blocks asked for in one range", "endpoint")
+endpoint_healthy = _gauge("endpoint_healthy", "1 while the endpoint is used, 0 while it rests", "endpoint")
+
+db_pool_connections = _gauge("db_pool_connections", "Connections of the pool", "state")
+
+
+def exposition() -> bytes:
+    """All metrics in Prometheus' text format."""
+    return generate_latest(registry)

@@ -1,0 +1,144 @@
+"""The data that flows and the protocols that join the parts. No behaviour.
+
+A source checks and freezes what the chain said; beyond it there are no hex strings, no web3 types and no missing keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import msgspec
+
+if TYPE_CHECKING:
+    from indexer.transaction import Tx
+
+
+class BlockRef(msgspec.Struct, frozen=True, gc=False):
+    """A block's place: its number and its hash (32 bytes; empty before the first block)."""
+
+    number: int
+    hash: bytes
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
+    """One decoded event of a block.
+
+    `index` orders it within its block (the log index on EVM chains). `args` maps argument names to plain Python
+    values: int, str, bool, bytes, lists and tuples of them; an address is a lower-case 0x text. `tx_hash` is 32 bytes.
+    """
+
+    index: int
+    name: str
+    args: Mapping[str, Any]
+    address: str
+    tx_hash: bytes
+
+
+class Block(msgspec.Struct, frozen=True, gc=False):
+    """A block with the events that were asked for, in chain order. `timestamp` is in seconds since 1970, UTC.
+
+    `parent_hash` is None where it was not needed: below finality nothing hangs on it.
+    """
+
+    number: int
+    hash: bytes
+    parent_hash: bytes | None
+    timestamp: int
+    events: tuple[Event, ...] = ()
+
+    @property
+    def ref(self) -> BlockRef:
+        return BlockRef(self.number, self.hash)
+
+
+class Quarantined(msgspec.Struct, frozen=True, gc=False):
+    """A log that matched a contract's event but could not be decoded, kept raw so that nothing is lost."""
+
+    number: int
+    block_hash: bytes
+    index: int
+    event: str
+    address: str
+    tx_hash: bytes
+    topics: tuple[bytes, ...]
+    data: bytes
+    error: str
+
+
+class Span(msgspec.Struct, frozen=True, gc=False):
+    """Consecutive blocks, `first` to `last`, that are committed together: the unit of work.
+
+    Below finality (`final`) only blocks with events are listed; above it a span is one block. `end` is the ref of
+    `last`, whether listed or not.
+    """
+
+    first: int
+    last: int
+    blocks: tuple[Block, ...]
+    end: BlockRef
+    end_timestamp: int
+    final: bool
+    quarantined: tuple[Quarantined, ...] = ()
+
+    @property
+    def events(self) -> int:
+        return sum(len(block.events) for block in self.blocks)
+
+
+class Heads(msgspec.Struct, frozen=True, gc=False):
+    """The newest block that the chain shows and the newest that can't be reorganised any more."""
+
+    newest: int
+    final: int
+
+
+class EventSpec(msgspec.Struct, frozen=True):
+    """An event that a hook listens to, and the arguments that it can't do without."""
+
+    name: str
+    args: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class BlockSource(Protocol):
+    """Where blocks come from. A source answers whole and checked, or waits; it never answers half."""
+
+    async def identity(self) -> str:
+        """The chain id, compared with the one that the database was started with."""
+
+    async def heads(self) -> Heads:
+        """Newest and finalised block number."""
+
+    def spans(self, first: int, last: int) -> AsyncIterator[Span]:
+        """The blocks `first` to `last` in order, fetched ahead, whole and checked."""
+
+    async def ref(self, number: int) -> BlockRef:
+        """The chain's present block at `number`, to look for a fork."""
+
+    async def wait(self, seconds: float) -> None:
+        """Return when a new head is heard of, at the latest after `seconds`."""
+
+    async def close(self) -> None: ...
+
+
+class Panel(msgspec.Struct, frozen=True):
+    """A small table that a hook shows on the status page: a title and the SQL that reads it (its column names show)."""
+
+    title: str
+    sql: str
+
+
+@runtime_checkable
+class Hook(Protocol):
+    """What runs on every span, inside its transaction.
+
+    `listens`: the events wanted. `tables`: the tables written. `after`: hooks that must have run before.
+    """
+
+    name: str
+    listens: Sequence[EventSpec]
+    tables: Sequence[str]
+    after: Sequence[str]
+
+    async def apply(self, tx: Tx, blocks: Sequence[Block]) -> None: ...

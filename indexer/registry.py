@@ -1,0 +1,179 @@
+"""Hooks: the decorator that makes one, and "module:attribute" -> hooks, in the configured order."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+from pydantic import BaseModel, ValidationError
+
+from indexer.config import HookSettings, HooksSettings
+from indexer.errors import ConfigError, HookLoadError
+from indexer.model import Block, EventSpec, Hook
+from indexer.transaction import Tx
+
+Apply = Callable[[Tx, Sequence[Block]], Awaitable[None]]
+MigrationLine = tuple[str, Path]
+
+
+class FunctionHook(msgspec.Struct, frozen=True):
+    """A hook made of a function by `@hook`."""
+
+    name: str
+    function: Apply
+    listens: tuple[EventSpec, ...]
+    tables: tuple[str, ...]
+    after: tuple[str, ...]
+    migrations: MigrationLine | None
+
+    async def apply(self, tx: Tx, blocks: Sequence[Block]) -> None:
+        await self.function(tx, blocks)
+
+
+def hook(
+    name: str,
+    *,
+    listens: Sequence[str | EventSpec],
+    tables: Sequence[str],
+    after: Sequence[str] = (),
+    migrations: MigrationLine | None = None,
+) -> Callable[[Apply], FunctionHook]:
+    """Make a hook of `async def f(tx, blocks)`.
+
+    `listens`: names of the events wanted (an EventSpec also names arguments that must be there). `tables`: the tables
+    written. `after`: hooks that must run before this one. `migrations`: a line of SQL files, ("name", folder).
+    """
+    specs = tuple(EventSpec(spec) if isinstance(spec, str) else spec for spec in listens)
+    return lambda function: FunctionHook(name, function, specs, tuple(tables), tuple(after), migrations)
+
+
+class Registered(msgspec.Struct, frozen=True):
+    """A hook with what the operator decided for it."""
+
+    hook: Hook
+    policy: HookSettings
+
+    @property
+    def name(self) -> str:
+        return self.hook.name
+
+
+def load_hooks(settings: HooksSettings) -> tuple[Registered, ...]:
+    """The enabled hooks, in order, made with their settings.
+
+    Raises HookLoadError (with the hook's own traceback where it does not import) and ConfigError.
+    """
+    options = dict(settings.__pydantic_extra__)
+    registered: list[Registered] = []
+    for place in settings.enabled:
+        thing = _locate(place)
+        name = getattr(thing, "name", None)
+        if not isinstance(name, str):
+            raise HookLoadError(f"hook {place} has no name: decorate a function with @hook(...), or write a class")
+        policy = options.pop(name, None) or HookSettings()
+        if any(name == other.name for other in registered):
+            raise HookLoadError(f"two enabled hooks are called {name}: take one out of hooks.enabled")
+        registered.append(Registered(_made(place, name, thing, policy), policy))
+    if options:
+        enabled = ", ".join(one.name for one in registered) or "none"
+        raise ConfigError(f"hooks.{next(iter(options))}: no enabled hook has this name (enabled: {enabled})")
+    _check_order(registered)
+    return tuple(registered)
+
+
+def _locate(place: str) -> Any:
+    module_name, colon, attribute = place.partition(":")
+    if not colon or not module_name or not attribute:
+        raise HookLoadError(f'hook "{place}" must be written as "module:attribute"')
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise HookLoadError(f"hook {place}: there is no module {error.name}; is its package installed?") from None
+        raise _import_failed(place, error) from error
+    except Exception as error:
+        raise _import_failed(place, error) from error
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        hooks = [key for key, value in vars(module).items() if isinstance(value, Hook) and not inspect.isclass(value)]
+        known = f" (it has {', '.join(sorted(hooks))})" if hooks else ""
+        raise HookLoadError(f"hook {place}: module {module_name} has no {attribute}{known}") from None
+
+
+def _import_failed(place: str, error: Exception) -> HookLoadError:
+    # our own frames and importlib's say nothing to the hook's author
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "importlib" not in frame.filename and frame.filename != __file__
+    ]
+    details = "".join(["Traceback (most recent call last):\n", *traceback.format_list(frames)])
+    details += "".join(traceback.format_exception_only(error))
+    return HookLoadError(f"hook {place} does not import: {type(error).__name__}: {error}", details)
+
+
+def _made(place: str, name: str, thing: Any, policy: HookSettings) -> Hook:
+    own: Mapping[str, Any] = policy.__pydantic_extra__ or {}
+    if inspect.isclass(thing):
+        factory = cast("Callable[..., Any]", thing)
+        model = getattr(thing, "Settings", None)
+        if model is not None:
+            try:
+                thing = factory(cast("type[BaseModel]", model)(**own))
+            except ValidationError as error:
+                first = error.errors(include_input=False, include_url=False)[0]
+                where = ".".join(["hooks", name, *map(str, first["loc"])])
+                raise ConfigError(f"{where}: {first['msg']}") from None
+            own = {}
+        else:
+            thing = factory()
+    if own:
+        raise ConfigError(f"hooks.{name}.{next(iter(own))}: the hook {name} has no such setting")
+    if not isinstance(thing, Hook):
+        raise HookLoadError(f"hook {place} is not a hook: it needs name, listens, tables, after and apply(tx, blocks)")
+    return thing
+
+
+def _check_order(registered: Sequence[Registered]) -> None:
+    seen: set[str] = set()
+    names = {one.name for one in registered}
+    for one in registered:
+        for earlier in one.hook.after:
+            if earlier not in names:
+                raise ConfigError(f"hooks.enabled: {one.name} needs the hook {earlier}, which is not enabled")
+            if earlier not in seen:
+                raise ConfigError(f"hooks.enabled: {one.name} must stand after {earlier}")
+        seen.add(one.name)
+
+
+def check_events(registered: Sequence[Registered], available: Mapping[str, frozenset[str]]) -> None:
+    """Compare what the hooks listen to with the events (name -> argument names) that the source gives."""
+    for one in registered:
+        for spec in one.hook.listens:
+            if spec.name not in available:
+                events = ", ".join(sorted(available)) or "none"
+                raise ConfigError(
+                    f"hook {one.name} listens to the event {spec.name}, which no [[contracts]] has (there: {events})"
+                )
+            missing = [name for name in spec.args if name not in available[spec.name]]
+            if missing:
+                arguments = ", ".join(sorted(available[spec.name]))
+                raise ConfigError(
+                    f"hook {one.name} needs the argument {missing[0]} of {spec.name}, which has: {arguments}"
+                )
+
+
+def migration_lines(registered: Sequence[Registered]) -> list[MigrationLine]:
+    """The migration lines that the hooks bring, each once, in the order of the hooks."""
+    lines: dict[str, Path] = {}
+    for one in registered:
+        line = getattr(one.hook, "migrations", None)
+        if line is not None:
+            lines.setdefault(*line)
+    return list(lines.items())

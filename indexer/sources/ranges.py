@@ -1,0 +1,29 @@
+"""How many blocks to ask for in one range: grows towards the events wanted, gives way to what providers refuse."""
+
+from __future__ import annotations
+
+_START_BLOCKS = 100
+_PROBE_GROWTH = 1.05
+
+
+class RangeSize:
+    """`blocks` is the size of the next range."""
+
+    def __init__(self, *, max_blocks: int) -> None:
+        self._max_blocks = max_blocks
+        self._ceiling = float(max_blocks)
+        self.blocks = min(_START_BLOCKS, max_blocks)
+
+    def shrink(self, blocks: int) -> None:
+        """A provider refused; `blocks` is what it takes."""
+        self.blocks = max(1, min(self.blocks, blocks))
+        self._ceiling = float(self.blocks)
+
+    def went_well(self, blocks: int, events: int, target_events: int) -> None:
+        """A range of `blocks` gave `events`: aim at `target_events`, at most doubling.
+
+        The ceiling that a refusal set rises slowly, so that a limit is tried again now and then but not every time.
+        """
+        self._ceiling = min(self._ceiling * _PROBE_GROWTH + 0.1, self._max_blocks)
+        wanted = blocks * target_events / events if events else blocks * 2.0
+        self.blocks = max(1, int(min(wanted, self.blocks * 2, self._ceiling)))

@@ -1,0 +1,150 @@
+"""Tx: what a hook may do inside the span's transaction."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import asyncpg
+
+from indexer.db import Connection, translated
+
+Row = tuple[Any, ...]
+
+
+class Rows:
+    """Rows of one table in the order in which they were given; `rows["column"]` is that column as a list."""
+
+    def __init__(self, columns: Sequence[str], values: Sequence[Row] = ()) -> None:
+        self.columns = tuple(columns)
+        self.values = list(values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.values)
+
+    def __getitem__(self, column: str) -> list[Any]:
+        if not self.values:
+            return []
+        place = self.columns.index(column)
+        return [row[place] for row in self.values]
+
+
+class Tx:
+    """The span's transaction as its hooks see it.
+
+    `chain` is the engine's number for the chain. Postgres' own troubles (lost connection, deadlock, timeout) leave as
+    DatabaseUnavailable and make the engine try the span again; every other error is the hook's.
+    """
+
+    def __init__(self, connection: Connection, chain: int) -> None:
+        self.chain = chain
+        self._connection = connection
+        self._inserted: dict[str, Rows] = {}
+        self.skipped: Counter[tuple[str, str]] = Counter()
+        self.written: Counter[tuple[str, str]] = Counter()
+        self.hook = ""
+
+    async def execute(self, sql: str, *args: Any) -> str:
+        """Run a statement; returns Postgres' command tag, as "UPDATE 3"."""
+        with translated():
+            return await self._connection.execute(sql, *args)
+
+    async def fetch(self, sql: str, *args: Any) -> list[asyncpg.Record]:
+        with translated():
+            return await self._connection.fetch(sql, *args)
+
+    async def fetchrow(self, sql: str, *args: Any) -> asyncpg.Record | None:
+        with translated():
+            return await self._connection.fetchrow(sql, *args)
+
+    async def fetchval(self, sql: str, *args: Any) -> Any:
+        with translated():
+            return await self._connection.fetchval(sql, *args)
+
+    async def insert_new(
+        self, table: str, columns: Sequence[str], records: Sequence[Row], *, key: Sequence[str]
+    ) -> Rows:
+        """Insert the records that are not there yet, and remember them for the hooks that come after.
+
+        `key` names the columns of the unique constraint by which a record is known. A record that meets any unique
+        constraint of the table is passed over (`on conflict do nothing`). Returns the rows really inserted, in the
+        order given.
+        """
+        new: Sequence[Row] = records
+        if records and not await self._copied(table, columns, records):
+            new = await self._insert_guarded(table, columns, records, key)
+        remembered = self._inserted.setdefault(table, Rows(columns))
+        if remembered.columns != tuple(columns):
+            raise ValueError(f"{table}: a span inserts with one list of columns; {columns} is a second one")
+        remembered.values.extend(new)
+        self.wrote(table, "inserted", len(new))
+        return Rows(columns, new)
+
+    async def _copied(self, table: str, columns: Sequence[str], records: Sequence[Row]) -> bool:
+        # A conflict is the exception (a replay, another writer): the quick way first, in a savepoint that gives it up.
+        with translated():
+            try:
+                async with self._connection.transaction():
+                    await self._connection.copy_records_to_table(table, records=records, columns=list(columns))
+            except asyncpg.UniqueViolationError:
+                return False
+        return True
+
+    async def _insert_guarded(
+        self, table: str, columns: Sequence[str], records: Sequence[Row], key: Sequence[str]
+    ) -> list[Row]:
+        # Postgres itself writes the statements (format with %I), so that no name is pasted into SQL here.
+        with translated():
+            create, insert, drop = await self._connection.fetchrow(  # type: ignore[misc]
+                """
+                select format('create temporary table new_rows on commit drop as select %s from %I with no data',
+                              cols, tbl),
+                       format('insert into %I (%s) select %s from new_rows on conflict do nothing returning %s',
+                              tbl, cols, cols, keys),
+                       'drop table new_rows'
+                from (select $1::text as tbl,
+                             (select string_agg(quote_ident(c), ', ' order by n)
+                              from unnest($2::text[]) with ordinality as u (c, n)) as cols,
+                             (select string_agg(quote_ident(c), ', ' order by n)
+                              from unnest($3::text[]) with ordinality as u (c, n)) as keys) as names
+                """,
+                table, list(columns), list(key),
+            )  # fmt: skip
+            await self._connection.execute(create)
+            await self._connection.copy_records_to_table("new_rows", records=records, columns=list(columns))
+            fresh = {tuple(row) for row in await self._connection.fetch(insert)}
+            await self._connection.execute(drop)
+        places = [list(columns).index(column) for column in key]
+        new = []
+        for record in records:
+            identity = tuple(record[place] for place in places)
+            if identity in fresh:
+                fresh.discard(identity)  # of two records with one key the first is the one inserted
+                new.append(record)
+        return new
+
+    def inserted(self, table: str) -> Rows:
+        """The rows of `table` that earlier hooks really inserted in this span, in their order; perhaps none."""
+        return self._inserted.get(table, Rows(()))
+
+    def skip(self, reason: str, count: int = 1) -> None:
+        """Count events that the hook's rules pass over, by reason (metric indexer_skipped_total, after COMMIT)."""
+        if count:
+            self.skipped[self.hook, reason] += count
+
+    def wrote(self, table: str, op: str, count: int) -> None:
+        """Count rows for the metric indexer_rows_total, published after COMMIT; `op` as inserted, updated."""
+        if count:
+            self.written[table, op] += count
+
+    def mark(self) -> dict[str, int]:
+        """What is remembered now, to come back to it if the hook's savepoint is undone."""
+        return {table: len(rows) for table, rows in self._inserted.items()}
+
+    def back_to(self, mark: dict[str, int]) -> None:
+        for table, rows in self._inserted.items():
+            del rows.values[mark.get(table, 0) :]
