@@ -71,7 +71,8 @@ class Milestones:
                 select tracks.owner_id::text,
                        'milestone:LISTEN_COUNT:id:' || reached.track || ':threshold:' || reached.threshold,
                        'milestone', reached.slot, reached.at,
-                       jsonb_build_object('type', 'LISTEN_COUNT', 'track_id', reached.track, 'threshold', reached.threshold),
+                       jsonb_build_object('type', 'LISTEN_COUNT', 'track_id', reached.track,
+                                          'threshold', reached.threshold),
                        array[tracks.owner_id::int]
                 from reached
                 join new on new.id = reached.track and new.threshold = reached.threshold

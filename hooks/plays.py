@@ -6,6 +6,7 @@ defaults are those of the bundled PlayRegistry contract. An event that lacks a f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,14 +17,19 @@ from indexer import Block, EventSpec, Row, Tx, sql_folder
 
 COLUMNS = (
     "user_id", "play_item_id", "created_at", "slot", "signature", "city", "region", "country",
-    "chain", "tx_hash", "event_index",
+    "source", "chain", "tx_hash", "event_index",
 )  # fmt: skip
 PLACE = ("chain", "slot", "tx_hash", "event_index")
 
-_INT64 = 1 << 63
+_INT32, _INT64 = 1 << 31, 1 << 63
 _EPOCH = datetime(1970, 1, 1)
 # timestamps from 1970 to the year 9999, in seconds: what a Python datetime and Postgres both hold
 _LAST_SECOND = 253_402_300_799
+# datetime.fromisoformat takes far more: "2024010112000", which is unix milliseconds, is 20:00 of a day in 2024 to it
+_RFC3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ](?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?"
+    r"(?:[Zz]|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?"
+)
 
 
 class PlaysSettings(BaseModel):
@@ -76,47 +82,76 @@ class Plays:
                     bigint(argument(fields.user_id)), track_id, created_at, slot,
                     text(argument(fields.signature, "")), text(argument(fields.city, "")),
                     text(argument(fields.region, "")), text(argument(fields.country, "")),
-                    chain, event.tx_hash, event.index,
+                    "relay", chain, event.tx_hash, event.index,
                 ))  # fmt: skip
+        if _beyond_integer(rows):
+            rows = await self._fitting(tx, rows)
         await tx.insert_new("plays", COLUMNS, rows, key=PLACE)
+
+    async def _fitting(self, tx: Tx, rows: Sequence[Row]) -> list[Row]:
+        """Beyond its column's range is no integer; in a table that was there before us the ids are `integer`."""
+        sizes = await tx.fetch(
+            """
+            select attname, attlen from pg_attribute
+            where attrelid = to_regclass('plays') and attname in ('user_id', 'play_item_id')
+            """
+        )
+        limits = {name: 1 << 8 * size - 1 for name, size in sizes}
+        users, tracks = limits["user_id"], limits["play_item_id"]
+        fitting = [row for row in rows if -tracks <= row[1] < tracks]
+        tx.skip("track_id", len(rows) - len(fitting))
+        return [row if row[0] is None or -users <= row[0] < users else (None, *row[1:]) for row in fitting]
+
+
+def _beyond_integer(rows: Sequence[Row]) -> bool:
+    """Whether an id needs more than an `integer`: so rarely that the columns' types need not be asked for before."""
+    ids = [number for row in rows for number in row[:2] if number is not None]
+    return bool(ids) and not (min(ids) >= -_INT32 and max(ids) < _INT32)
 
 
 def bigint(value: Any) -> int | None:
     """A plain ASCII integer (or an int) that fits Postgres' bigint, else None."""
     if isinstance(value, str):
         digits = value[1:] if value[:1] in ("+", "-") else value
-        # 19 digits hold every bigint; leading zeros beyond that are rare, and int() of a long text is slow
-        if not (digits.isascii() and digits.isdigit()) or len(digits.lstrip("0")) > 19:
+        if not (digits.isascii() and digits.isdigit()):
             return None
-        value = int(value)
+        if len(digits) > 19:  # 19 hold every bigint; int() is slow on long texts, and refuses those of 4,301 digits
+            digits = digits.lstrip("0") or "0"
+            if len(digits) > 19:
+                return None
+        value = -int(digits) if value[0] == "-" else int(digits)
     elif not isinstance(value, int) or isinstance(value, bool):
         return None
     return value if -_INT64 <= value < _INT64 else None
 
 
 def moment(value: Any) -> datetime | None:
-    """Unix seconds (int or decimal text) or RFC 3339 text as naive UTC, else None."""
+    """Unix seconds (int or decimal text) or RFC 3339 text (UTC where it has no offset) as naive UTC, else None."""
     if isinstance(value, str):
         if not (value.isascii() and value.isdigit() and len(value) < 13):
             return _rfc3339(value)
         value = int(value)
-    if not isinstance(value, int) or not 0 <= value <= _LAST_SECOND:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LAST_SECOND:
         return None
     return _EPOCH + timedelta(seconds=value)
 
 
 def _rfc3339(value: str) -> datetime | None:
+    if not _RFC3339.fullmatch(value):
+        return None
     try:
-        time = datetime.fromisoformat(value)
+        time = datetime.fromisoformat(value.upper())  # digits beyond microseconds are cut off
         return time.astimezone(UTC).replace(tzinfo=None) if time.tzinfo else time
     except (ValueError, OverflowError):
         return None
 
 
 def text(value: Any) -> str:
-    """A text as Postgres takes it: without NUL bytes; bytes as 0x hex."""
+    """A text as Postgres takes it: without NUL bytes, a half of a surrogate pair as "?"; bytes as 0x hex."""
     if isinstance(value, str):
-        return value.replace("\0", "") if "\0" in value else value
+        if value.isascii() and "\0" not in value:
+            return value
+        return value.replace("\0", "").encode("utf-8", "replace").decode()
     return "0x" + value.hex() if isinstance(value, bytes) else str(value)
 
 

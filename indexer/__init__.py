@@ -3,9 +3,30 @@
 What a hook needs is here: `from indexer import hook, Block, Event, EventSpec, Tx`.
 """
 
-from indexer.migrations import sql_folder
-from indexer.model import Block, BlockRef, Event, EventSpec, Hook, Panel
-from indexer.registry import hook
-from indexer.transaction import Row, Rows, Tx
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from indexer.migrations import sql_folder
+    from indexer.model import Block, BlockRef, Event, EventSpec, Hook, Panel
+    from indexer.registry import hook
+    from indexer.transaction import Row, Rows, Tx
 
 __all__ = ["Block", "BlockRef", "Event", "EventSpec", "Hook", "Panel", "Row", "Rows", "Tx", "hook", "sql_folder"]
+
+_PLACES = {
+    "indexer.migrations": ("sql_folder",),
+    "indexer.model": ("Block", "BlockRef", "Event", "EventSpec", "Hook", "Panel"),
+    "indexer.registry": ("hook",),
+    "indexer.transaction": ("Row", "Rows", "Tx"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # asyncpg and pydantic take a while to import, and `indexer --help` needs neither
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,9 +9,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import asyncpg
+
 from indexer import ledger, log, metrics, registry
 from indexer.config import Settings
-from indexer.db import Database, shown
+from indexer.db import Connection, Database, shown
 from indexer.embedded import EmbeddedPostgres, default_data_dir
 from indexer.errors import ConfigError, IndexerError, UsageError, WrongNetwork
 from indexer.follow import follow, leader_name
@@ -103,8 +105,9 @@ async def run(settings: Settings, *, started: Callable[[State, Web], None] | Non
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(_monitor(database, chain.id, state), name="monitor")
                 tasks.create_task(follow(database, source, pipeline, state), name="follow")
-        except* Exception as group:
-            raise group.exceptions[0] from None
+        except ExceptionGroup as group:
+            first = group.exceptions[0]
+            raise first from first.__cause__
         finally:
             if state.role is not Role.HALTED:
                 state.became(Role.STOPPING)
@@ -133,8 +136,20 @@ async def _open_chain(
                 why="the database was started with it; another start needs another chain.name or database",
             )  # fmt: skip
         await ledger.register_hooks(connection, chain.id, [one.name for one in hooks])
+        await _watch_tables(connection, hooks)
     metrics.build.info({"version": version(), "chain": chain.name, "source": chain.source})
     return chain
+
+
+async def _watch_tables(connection: Connection, hooks: Sequence[Registered]) -> None:
+    """Have the tables that hooks declare journalled, while blocks can still be reorganised."""
+    for one in hooks:
+        try:
+            await ledger.watch(connection, one.hook.tables)
+        except asyncpg.UndefinedTableError as error:
+            raise ConfigError(f"hook {one.name} declares a table that is not there: {error}") from None
+        except (asyncpg.RaiseError, asyncpg.InsufficientPrivilegeError) as error:
+            raise ConfigError(f"hook {one.name}: {error}") from None
 
 
 async def _recall_halt(database: Database, pipeline: Pipeline) -> None:
@@ -161,6 +176,7 @@ async def _monitor(database: Database, chain: int, state: State) -> None:
         try:
             async with database.acquire() as connection:
                 state.gaps = await ledger.gaps(connection, chain)
+                metrics.journal_rows.labels(state.chain).set(await ledger.journal_rows(connection, chain))
         except IndexerError:
             pass  # the follower says what is wrong with the database
         for hook, ranges in state.gaps.items():

@@ -140,10 +140,22 @@ def demo(
     raise typer.Exit(demonstration.main(options))
 
 
+# Typer shows its usage errors in a box of several lines; their class is public only as the base of this one.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
 def main() -> None:
     """The console script."""
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except _UsageError as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "indexer")
+        text = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        print(f"indexer: {text.rstrip('.')}; see {command} --help", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
     except IndexerError as error:
         if isinstance(error, HookLoadError) and error.details:
             print(error.details.rstrip(), file=sys.stderr)

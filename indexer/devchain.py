@@ -125,6 +125,7 @@ class Anvil:
                 stdout=output or subprocess.DEVNULL,
                 stderr=subprocess.STDOUT,
                 preexec_fn=_die_with_parent(),
+                process_group=0,  # a terminal's Ctrl-C is for us, who end it in order
             )
         finally:
             if output:

@@ -124,12 +124,16 @@ def _make_folder(folder: Path) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
-def _drop_foreign_pid_file(data_dir: Path) -> None:
-    """After a restart a container gives the dead server's number to another program, which Postgres would respect."""
+def _drop_dead_pid_file(data_dir: Path) -> None:
+    """Remove a pid file that Postgres would respect though its server is dead, which the lock on the log has told us.
+
+    After a restart a container gives the number to another program, and an init that does not reap keeps a zombie.
+    """
     path = data_dir / "postmaster.pid"
     with suppress(OSError, ValueError, IndexError):
         number = int(path.read_text().splitlines()[0])
-        if Path(f"/proc/{number}/comm").read_text().strip() != "postgres":
+        name, _, rest = Path(f"/proc/{number}/stat").read_text().partition("(")[2].rpartition(")")
+        if name != "postgres" or rest.split()[0] == "Z":
             path.unlink()
 
 
@@ -240,7 +244,7 @@ class EmbeddedPostgres:
             account.own(self.data_dir)
             if major is None:
                 await self._initdb(binaries, account, log)
-            _drop_foreign_pid_file(self.data_dir)
+            _drop_dead_pid_file(self.data_dir)
             self._socket = self._make_socket(account)
             command: list[str | Path] = [
                 binaries.folder / "postgres",

@@ -15,7 +15,7 @@ from indexer import ledger, log, metrics
 from indexer.db import HEARTBEAT_SECONDS, Connection, Database, translated, try_lead
 from indexer.errors import DatabaseUnavailable, DeepReorg, HookFailed, LostLeadership
 from indexer.ledger import Cursor, Pace
-from indexer.model import BlockSource, Span
+from indexer.model import BlockRef, BlockSource, Heads, Span
 from indexer.pipeline import Applied, Pipeline
 from indexer.state import Role, State
 
@@ -49,14 +49,15 @@ class Follower:
             heads = await self.alive(self.source.heads())
             self.state.saw(heads)
             if heads.newest <= self.at.number:
-                return Outcome.IDLE
+                return await self._compare(heads)
             self._spans = self.source.spans(self.at.number + 1, heads.newest)
         self.state.waiting_on = "fetch"
         span = await self.alive(anext(self._spans, None))
         if span is None:
             self._spans = None
             return Outcome.ADVANCED
-        self._check_link(span)
+        if self._broken(span):
+            return await self._rewind(span.blocks[0].parent_hash or b"")
         self.state.waiting_on = "write"
         with translated():
             async with aclosing(self.pipeline.apply(self.connection, self.at, span, self.pace)) as parts:
@@ -77,16 +78,71 @@ class Follower:
             rows=sum(applied.written.values()), seconds=round(applied.seconds, 4), lag_blocks=self.state.lag_blocks,
         )  # fmt: skip
 
-    def _check_link(self, span: Span) -> None:
-        """The new block must hang on ours."""
+    def _broken(self, span: Span) -> bool:
+        """Whether the new block hangs on another one than ours."""
         if not self.at.hash or not span.blocks or span.blocks[0].number != self.at.number + 1:
-            return
+            return False
         parent = span.blocks[0].parent_hash
-        if parent is not None and parent != self.at.hash:
-            raise DeepReorg(
-                f"block {self.at.number} is 0x{self.at.hash.hex()} here but 0x{parent.hex()} on the chain: "
-                "it was reorganised below what this version can undo"
-            )
+        return parent is not None and parent != self.at.hash
+
+    async def _compare(self, heads: Heads) -> Outcome:
+        """A head that is no higher than ours: the same chain (or a node that lags), or a rival one."""
+        if not heads.hash or heads.newest < heads.final:
+            return Outcome.IDLE
+        with translated():
+            stored = {ref.number: ref.hash for ref in await ledger.window(self.connection, self.pipeline.chain.id)}
+        if heads.newest == self.at.number:
+            stored[self.at.number] = self.at.hash
+        ours = stored.get(heads.newest)
+        # a head below all that we have stored is a node that syncs, and nothing is undone for it
+        if ours is None or ours == heads.hash:
+            return Outcome.IDLE
+        return await self._rewind(heads.hash)
+
+    async def _rewind(self, theirs: bytes) -> Outcome:
+        """Undo back to the newest of our blocks that is on the chain still. `theirs`: the hash that replaced ours."""
+        started = time.monotonic()
+        await self.close()
+        ancestor = await self._ancestor(theirs)
+        if ancestor is None:
+            return Outcome.IDLE
+        depth = self.at.number - ancestor.number
+        rows = await self.pipeline.undo(self.connection, self.at, ancestor)
+        log.get().warning(
+            "reorg undone", chain=self.state.chain, first=ancestor.number + 1, last=self.at.number, depth=depth,
+            rows=rows, old_hash="0x" + self.at.hash.hex(), new_hash="0x" + theirs.hex(),
+            seconds=round(time.monotonic() - started, 4),
+        )  # fmt: skip
+        self.at = ancestor
+        self.state.at(ancestor.number, None)
+        return Outcome.REWOUND
+
+    async def _ancestor(self, theirs: bytes) -> BlockRef | None:
+        """The newest stored block that the chain still has; None where all of ours is still there (a node wavered).
+
+        Looks at a few more blocks at a time, so that a shallow fork costs one round of questions. Raises DeepReorg
+        where the whole window, down to the final block, is another one on the chain.
+        """
+        with translated():
+            window = await ledger.window(self.connection, self.pipeline.chain.id)
+        if not window or window[0] != self.at:
+            window.insert(0, self.at)
+        position, size = 0, 8
+        while position < len(window):
+            some = window[position : position + size]
+            # a number that the chain does not have (yet) is asked for no further: it is not an ancestor
+            newest = self.state.heads.newest
+            asked = [ref for ref in some if ref.number <= newest]
+            found = await self.alive(asyncio.gather(*(self.source.ref(ref.number) for ref in asked)))
+            for ours, on_chain in zip(asked, found, strict=True):
+                if ours == on_chain:
+                    return None if ours == self.at else ours
+            position, size = position + size, size * 2
+        oldest = window[-1]
+        raise DeepReorg(
+            f"the chain was reorganised below its final block: block {oldest.number} is 0x{oldest.hash.hex()} here, "
+            f"but the chain goes by 0x{theirs.hex()}; check the node, or rebuild this database from an earlier block"
+        )
 
     @property
     def pace(self) -> Pace:

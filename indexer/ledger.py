@@ -172,6 +172,74 @@ async def remember(connection: Connection, chain: int, span: Span, final: int) -
     )
     # the final block itself stays: a fork's common ancestor may be it
     await connection.execute("delete from indexer.block where chain = $1 and number < $2", chain, final)
+    await connection.execute("delete from indexer.journal where chain = $1 and number <= $2", chain, final)
+
+
+async def window(connection: Connection, chain: int) -> list[BlockRef]:
+    """The stored refs of blocks that may still be reorganised, newest first."""
+    rows = await connection.fetch("select number, hash from indexer.block where chain = $1 order by number desc", chain)
+    return [BlockRef(row["number"], row["hash"]) for row in rows]
+
+
+async def watch(connection: Connection, tables: Sequence[str]) -> None:
+    """Journal these tables (triggers, made once), so that a reorganisation can be undone in them."""
+    for table in tables:
+        await connection.execute("select indexer.watch($1::text::regclass)", table)
+
+
+async def journal_from(connection: Connection, chain: int, number: int) -> None:
+    """Journal what the rest of this transaction does to watched tables, as done by the block `number`."""
+    await connection.execute(
+        "select set_config('indexer.chain', $1::text, true), set_config('indexer.block', $2::text, true)",
+        str(chain), str(number),
+    )  # fmt: skip
+
+
+async def journal_rows(connection: Connection, chain: int) -> int:
+    """How many rows are kept to undo a reorganisation."""
+    return int(await connection.fetchval("select count(*) from indexer.journal where chain = $1", chain))
+
+
+async def rewind(connection: Connection, chain: int, at: BlockRef, to: BlockRef) -> int:
+    """Undo the blocks after `to`, inside the caller's transaction; returns how many rows were brought back.
+
+    Moves the cursor by compare-and-swap (LostLeadership where it is not at `at`), restores every journalled row, and
+    takes the blocks out of the coverage, the window, the quarantine and the failures.
+    """
+    status = await connection.execute(
+        """
+        update indexer.cursor
+        set number = $4, hash = $5, updated_at = now(), seen_at = now(),
+            block_time = (select block_time from indexer.block where chain = $1 and number = $4)
+        where chain = $1 and number = $2 and hash = $3
+        """,
+        chain, at.number, at.hash, to.number, to.hash,
+    )  # fmt: skip
+    if status != "UPDATE 1":
+        raise LostLeadership(f"the cursor is no longer at block {at.number}: another process writes this chain")
+    # The table written last goes first: where foreign keys join two tables, that order holds on the way back.
+    relations = await connection.fetch(
+        """
+        select relation::regclass as name, relation from indexer.journal
+        where chain = $1 and number > $2
+        group by relation order by max(id) desc
+        """,
+        chain, to.number,
+    )  # fmt: skip
+    rows = 0
+    for relation in relations:
+        rows += await connection.fetchval(
+            "select indexer.restore($1::smallint, $2, $3::oid::regclass)", chain, to.number, relation["relation"]
+        )
+    await connection.execute("delete from indexer.journal where chain = $1 and number > $2", chain, to.number)
+    await connection.execute("delete from indexer.block where chain = $1 and number > $2", chain, to.number)
+    await connection.execute("delete from indexer.quarantine where chain = $1 and number > $2", chain, to.number)
+    await connection.execute("delete from indexer.failure where chain = $1 and first > $2", chain, to.number)
+    await connection.execute(
+        "update indexer.coverage set blocks = blocks - int8multirange(int8range($2, null)) where chain = $1",
+        chain, to.number + 1,
+    )  # fmt: skip
+    return rows
 
 
 async def quarantine(connection: Connection, chain: int, logs: Sequence[Quarantined]) -> None:
@@ -194,7 +262,7 @@ async def record_failure(connection: Connection, chain: int, failed: HookFailed,
     """Keep why a hook failed; a halt that happens again at the same block replaces its row."""
     cause = failed.__cause__
     assert cause is not None
-    text = "".join(traceback.format_exception(cause)).replace("\0", "")
+    error, details = _storable(f"{type(cause).__name__}: {cause}"), "".join(traceback.format_exception(cause))
     async with connection.transaction():
         await connection.execute(
             """
@@ -209,8 +277,13 @@ async def record_failure(connection: Connection, chain: int, failed: HookFailed,
             values ($1, $2, $3, $4, $5, $6, $7)
             """,
             chain, failed.hook, failed.first, failed.last, policy,
-            f"{type(cause).__name__}: {cause}".replace("\0", ""), text,
+            error, _storable(details),
         )  # fmt: skip
+
+
+def _storable(text: str) -> str:
+    # a hook's error may quote what the chain said: Postgres takes no NUL and no half of a surrogate pair
+    return text.replace("\0", "").encode("utf-8", "replace").decode()
 
 
 async def resolve_failures(connection: Connection, chain: int, hooks: Sequence[str], first: int, last: int) -> None:

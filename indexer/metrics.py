@@ -19,6 +19,7 @@ PlatformCollector(registry=registry)
 
 # From a block at the head in a few milliseconds to a span of thousands of events in seconds.
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_DEPTHS = (1, 2, 3, 5, 8, 13, 21, 34, 64, 128)
 
 
 def _counter(name: str, text: str, *labels: str) -> Counter:
@@ -54,6 +55,9 @@ hook_failures_total = _counter("hook_failures_total", "Failures of a hook, by wh
 gap_blocks = _gauge("gap_blocks", "Blocks between start and cursor that the hook has not covered", "hook")
 quarantined_total = _counter("quarantined_total", "Logs that could not be decoded", "hook", "reason")
 skipped_total = _counter("skipped_total", "Events that a hook's rules pass over", "hook", "reason")
+reorgs_total = _counter("reorgs_total", "Reorganisations undone", "chain")
+reorg_depth = _histogram("reorg_depth", "Blocks undone by a reorganisation", "chain", buckets=_DEPTHS)
+journal_rows = _gauge("journal_rows", "Rows kept to undo a reorganisation", "chain")
 stalled_seconds = _gauge("stalled_seconds", "Since the head moved and nothing was committed", "on")
 
 rpc_requests_total = _counter("rpc_requests_total", "Requests to a node", "endpoint", "method", "outcome")

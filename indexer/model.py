@@ -87,10 +87,11 @@ class Span(msgspec.Struct, frozen=True, gc=False):
 
 
 class Heads(msgspec.Struct, frozen=True, gc=False):
-    """The newest block that the chain shows and the newest that can't be reorganised any more."""
+    """The newest block that the chain shows, with its hash where it came along, and the newest that is final."""
 
     newest: int
     final: int
+    hash: bytes = b""
 
 
 class EventSpec(msgspec.Struct, frozen=True):

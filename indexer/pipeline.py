@@ -12,7 +12,7 @@ from indexer import ledger, metrics
 from indexer.db import Connection, translated
 from indexer.errors import DatabaseUnavailable, HookFailed
 from indexer.ledger import Pace
-from indexer.model import Block, BlockRef, Span
+from indexer.model import Block, BlockRef, Hook, Span
 from indexer.registry import Registered
 from indexer.transaction import Tx
 
@@ -58,8 +58,12 @@ class Pipeline:
         failures: list[HookFailed] = []
         async with _transaction(connection):
             await ledger.advance(connection, self.chain.id, at, span, pace, self.leader)
+            if not span.final:
+                await ledger.journal_from(connection, self.chain.id, span.last)
             covered = await self._run_hooks(tx, connection, span, failures)
             await ledger.cover(connection, self.chain.id, covered, span.first, span.last)
+            if failures:
+                await self._cover_around(connection, span, covered)
             if not span.final:
                 await ledger.remember(connection, self.chain.id, span, pace.heads.final)
             if span.quarantined:
@@ -77,6 +81,15 @@ class Pipeline:
             self.halted_at = None
             metrics.halted.clear()
         return Applied(span, dict(tx.written), done - started)
+
+    async def undo(self, connection: Connection, at: BlockRef, to: BlockRef) -> int:
+        """Undo the blocks after `to`, in one transaction with the cursor; returns the rows brought back."""
+        async with _transaction(connection):
+            rows = await ledger.rewind(connection, self.chain.id, at, to)
+        name = self.chain.name
+        metrics.reorgs_total.labels(name).inc()
+        metrics.reorg_depth.labels(name).observe(at.number - to.number)
+        return rows
 
     async def _run_hooks(
         self, tx: Tx, connection: Connection, span: Span, failures: list[HookFailed]
@@ -99,6 +112,14 @@ class Pipeline:
                 covered.append(one.name)
         return covered
 
+    async def _cover_around(self, connection: Connection, span: Span, covered: Sequence[str]) -> None:
+        """A hook that was skipped at the span's one block misses nothing in the empty blocks before and after it."""
+        holes = [one.name for one in self.hooks if one.name not in covered]
+        bad = span.blocks[0].number
+        for first, last in ((span.first, bad - 1), (bad + 1, span.last)):
+            if first <= last:
+                await ledger.cover(connection, self.chain.id, holes, first, last)
+
     async def _run_hook(self, one: Registered, tx: Tx, connection: Connection, span: Span) -> None:
         # a hook that listens to no event in particular works on what earlier hooks inserted: it gets every block
         names = {spec.name for spec in one.hook.listens}
@@ -111,10 +132,10 @@ class Pipeline:
             skipped, written = tx.skipped.copy(), tx.written.copy()
             try:
                 if one.policy.on_error == "halt" and one.policy.retries == 0:
-                    await one.hook.apply(tx, blocks)  # its failure undoes the whole transaction: no savepoint needed
+                    await _run(one.hook, tx, blocks)  # its failure undoes the whole transaction: no savepoint needed
                 else:
                     async with connection.transaction():
-                        await one.hook.apply(tx, blocks)
+                        await _run(one.hook, tx, blocks)
             except DatabaseUnavailable:
                 raise
             except Exception as error:
@@ -141,6 +162,24 @@ class Pipeline:
             metrics.quarantined_total.labels("source", log.error.split(":")[0][:40]).inc()
         for failed in failures:
             metrics.hook_failures_total.labels(failed.hook, "skip").inc()
+
+
+async def _run(one: Hook, tx: Tx, blocks: Sequence[Block]) -> None:
+    """Run the hook, and take neither its silence nor its own words for what Postgres said.
+
+    A hook that catches an error of Postgres, and passes over it or raises another, leaves the transaction broken.
+    """
+    tx.trouble = None
+    try:
+        await one.apply(tx, blocks)
+    except DatabaseUnavailable:
+        raise
+    except Exception as error:
+        if isinstance(tx.trouble, DatabaseUnavailable):
+            raise DatabaseUnavailable(str(tx.trouble)) from error
+        raise
+    if tx.trouble is not None:
+        raise tx.trouble
 
 
 @asynccontextmanager

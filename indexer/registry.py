@@ -13,7 +13,7 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 
 from indexer.config import HookSettings, HooksSettings
-from indexer.errors import ConfigError, HookLoadError
+from indexer.errors import ConfigError, HookLoadError, IndexerError
 from indexer.model import Block, EventSpec, Hook
 from indexer.transaction import Tx
 
@@ -48,6 +48,8 @@ def hook(
     `listens`: names of the events wanted (an EventSpec also names arguments that must be there). `tables`: the tables
     written. `after`: hooks that must run before this one. `migrations`: a line of SQL files, ("name", folder).
     """
+    if any(isinstance(names, str) for names in (listens, tables, after)):
+        raise TypeError(f"@hook({name!r}): listens, tables and after are lists of names, not one name")
     specs = tuple(EventSpec(spec) if isinstance(spec, str) else spec for spec in listens)
     return lambda function: FunctionHook(name, function, specs, tuple(tables), tuple(after), migrations)
 
@@ -95,18 +97,23 @@ def _locate(place: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise HookLoadError(f"hook {place}: there is no module {error.name}; is its package installed?") from None
-        raise _import_failed(place, error) from error
+        raise _raised(f"hook {place} does not import", error) from error
     except Exception as error:
-        raise _import_failed(place, error) from error
+        raise _raised(f"hook {place} does not import", error) from error
     try:
         return getattr(module, attribute)
     except AttributeError:
-        hooks = [key for key, value in vars(module).items() if isinstance(value, Hook) and not inspect.isclass(value)]
+        hooks = [key for key, value in vars(module).items() if _looks_like_hook(value)]
         known = f" (it has {', '.join(sorted(hooks))})" if hooks else ""
         raise HookLoadError(f"hook {place}: module {module_name} has no {attribute}{known}") from None
 
 
-def _import_failed(place: str, error: Exception) -> HookLoadError:
+def _looks_like_hook(thing: Any) -> bool:
+    # a class lacks what its constructor sets, so it is not asked for all that a hook has
+    return isinstance(getattr(thing, "name", None), str) and callable(getattr(thing, "apply", None))
+
+
+def _raised(what: str, error: Exception) -> HookLoadError:
     # our own frames and importlib's say nothing to the hook's author
     frames = [
         frame
@@ -115,29 +122,48 @@ def _import_failed(place: str, error: Exception) -> HookLoadError:
     ]
     details = "".join(["Traceback (most recent call last):\n", *traceback.format_list(frames)])
     details += "".join(traceback.format_exception_only(error))
-    return HookLoadError(f"hook {place} does not import: {type(error).__name__}: {error}", details)
+    return HookLoadError(f"{what}: {type(error).__name__}: {error}", details)
 
 
 def _made(place: str, name: str, thing: Any, policy: HookSettings) -> Hook:
     own: Mapping[str, Any] = policy.__pydantic_extra__ or {}
+    model = getattr(thing, "Settings", None) if inspect.isclass(thing) else None
+    if own and model is None:
+        raise ConfigError(f"hooks.{name}.{next(iter(own))}: the hook {name} has no settings of its own")
     if inspect.isclass(thing):
         factory = cast("Callable[..., Any]", thing)
-        model = getattr(thing, "Settings", None)
-        if model is not None:
-            try:
-                thing = factory(cast("type[BaseModel]", model)(**own))
-            except ValidationError as error:
-                first = error.errors(include_input=False, include_url=False)[0]
-                where = ".".join(["hooks", name, *map(str, first["loc"])])
-                raise ConfigError(f"{where}: {first['msg']}") from None
-            own = {}
-        else:
-            thing = factory()
-    if own:
-        raise ConfigError(f"hooks.{name}.{next(iter(own))}: the hook {name} has no such setting")
+        arguments = () if model is None else (_own_settings(name, model, own),)
+        try:
+            thing = factory(*arguments)
+        except IndexerError:
+            raise
+        except Exception as error:
+            raise _raised(f"hook {place} can't be made", error) from error
     if not isinstance(thing, Hook):
         raise HookLoadError(f"hook {place} is not a hook: it needs name, listens, tables, after and apply(tx, blocks)")
+    _check_lists(place, thing)
     return thing
+
+
+def _own_settings(name: str, model: type[BaseModel], own: Mapping[str, Any]) -> BaseModel:
+    """The hook's own settings; an unknown one is an error, unless the hook says that it takes any."""
+    try:
+        return model.model_validate(own, extra=model.model_config.get("extra") or "forbid")
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(["hooks", name, *map(str, first["loc"])])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(field.alias or key for key, field in model.model_fields.items()) or "none"
+            raise ConfigError(f"{where}: the hook {name} has no such setting (its own: {known})") from None
+        raise ConfigError(f"{where}: {first['msg']}") from None
+
+
+def _check_lists(place: str, one: Hook) -> None:
+    # a text is a sequence of texts as well: its letters would be taken for names
+    for part, kind, wanted in (("listens", EventSpec, "EventSpec"), ("tables", str, "names"), ("after", str, "names")):
+        value = getattr(one, part)
+        if isinstance(value, str) or not all(isinstance(item, kind) for item in value):
+            raise HookLoadError(f"hook {place}: {part} must be a list of {wanted}")
 
 
 def _check_order(registered: Sequence[Registered]) -> None:
@@ -174,6 +200,9 @@ def migration_lines(registered: Sequence[Registered]) -> list[MigrationLine]:
     lines: dict[str, Path] = {}
     for one in registered:
         line = getattr(one.hook, "migrations", None)
-        if line is not None:
-            lines.setdefault(*line)
+        if line is not None and lines.setdefault(*line) != line[1]:
+            raise HookLoadError(
+                f"the hook {one.name} calls its migrations {line[0]}, as another hook calls those of another folder: "
+                "give them a name of their own"
+            )
     return list(lines.items())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import asyncpg
 
 from indexer.db import Connection, translated
+from indexer.errors import DatabaseUnavailable
 
 Row = tuple[Any, ...]
 
@@ -47,22 +49,35 @@ class Tx:
         self.skipped: Counter[tuple[str, str]] = Counter()
         self.written: Counter[tuple[str, str]] = Counter()
         self.hook = ""
+        # the error of the last statement, if it failed: a hook that catches it has a broken transaction all the same
+        self.trouble: Exception | None = None
+
+    @contextmanager
+    def _statement(self) -> Iterator[None]:
+        try:
+            with translated():
+                yield
+        except (asyncpg.PostgresError, DatabaseUnavailable) as error:
+            self.trouble = error
+            raise
+        # after an error Postgres takes no statement but one that rolls back to a savepoint: then all is well again
+        self.trouble = None
 
     async def execute(self, sql: str, *args: Any) -> str:
         """Run a statement; returns Postgres' command tag, as "UPDATE 3"."""
-        with translated():
+        with self._statement():
             return await self._connection.execute(sql, *args)
 
     async def fetch(self, sql: str, *args: Any) -> list[asyncpg.Record]:
-        with translated():
+        with self._statement():
             return await self._connection.fetch(sql, *args)
 
     async def fetchrow(self, sql: str, *args: Any) -> asyncpg.Record | None:
-        with translated():
+        with self._statement():
             return await self._connection.fetchrow(sql, *args)
 
     async def fetchval(self, sql: str, *args: Any) -> Any:
-        with translated():
+        with self._statement():
             return await self._connection.fetchval(sql, *args)
 
     async def insert_new(
@@ -86,7 +101,7 @@ class Tx:
 
     async def _copied(self, table: str, columns: Sequence[str], records: Sequence[Row]) -> bool:
         # A conflict is the exception (a replay, another writer): the quick way first, in a savepoint that gives it up.
-        with translated():
+        with self._statement():
             try:
                 async with self._connection.transaction():
                     await self._connection.copy_records_to_table(table, records=records, columns=list(columns))
@@ -98,14 +113,14 @@ class Tx:
         self, table: str, columns: Sequence[str], records: Sequence[Row], key: Sequence[str]
     ) -> list[Row]:
         # Postgres itself writes the statements (format with %I), so that no name is pasted into SQL here.
-        with translated():
+        with self._statement():
             create, insert, drop = await self._connection.fetchrow(  # type: ignore[misc]
                 """
-                select format('create temporary table new_rows on commit drop as select %s from %I with no data',
+                select format('create temporary table indexer_new_rows on commit drop as select %s from %I with no data',
                               cols, tbl),
-                       format('insert into %I (%s) select %s from new_rows on conflict do nothing returning %s',
+                       format('insert into %I (%s) select %s from indexer_new_rows on conflict do nothing returning %s',
                               tbl, cols, cols, keys),
-                       'drop table new_rows'
+                       'drop table indexer_new_rows'
                 from (select $1::text as tbl,
                              (select string_agg(quote_ident(c), ', ' order by n)
                               from unnest($2::text[]) with ordinality as u (c, n)) as cols,
@@ -115,15 +130,15 @@ class Tx:
                 table, list(columns), list(key),
             )  # fmt: skip
             await self._connection.execute(create)
-            await self._connection.copy_records_to_table("new_rows", records=records, columns=list(columns))
-            fresh = {tuple(row) for row in await self._connection.fetch(insert)}
+            await self._connection.copy_records_to_table("indexer_new_rows", records=records, columns=list(columns))
+            fresh = Counter(tuple(row) for row in await self._connection.fetch(insert))
             await self._connection.execute(drop)
         places = [list(columns).index(column) for column in key]
         new = []
         for record in records:
             identity = tuple(record[place] for place in places)
-            if identity in fresh:
-                fresh.discard(identity)  # of two records with one key the first is the one inserted
+            if fresh[identity]:  # of two records with one key the first is the one inserted
+                fresh[identity] -= 1
                 new.append(record)
         return new
 

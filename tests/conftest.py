@@ -112,8 +112,12 @@ def _container(trouble: IndexerError) -> Iterator[str]:
         container.stop()
 
 
+# as the daemon connects: the embedded server's role is called indexer, so that "$user" would be the engine's own schema
+SESSION = {"timezone": "UTC", "search_path": "public"}
+
+
 async def _migrated(url: str) -> None:
-    connection = await asyncpg.connect(url, timeout=30)
+    connection = await asyncpg.connect(url, timeout=30, server_settings=SESSION)
     try:
         await migrate(connection, migration_lines())
     finally:
@@ -147,8 +151,8 @@ def database_url(database_template: Template) -> Iterator[str]:
 
 @pytest.fixture
 async def connection(database_url: str) -> AsyncIterator[asyncpg.Connection]:
-    """A connection to the test's own database, in UTC."""
-    opened = await asyncpg.connect(database_url, timeout=30, server_settings={"timezone": "UTC"})
+    """A connection to the test's own database, with the daemon's session settings."""
+    opened = await asyncpg.connect(database_url, timeout=30, server_settings=SESSION)
     try:
         yield opened
     finally:

@@ -17,6 +17,7 @@ Decode = Callable[[Sequence[str], str], dict[str, Any]]
 Unpack = Callable[[bytes], tuple[Any, ...]]
 
 _LAYOUTS = 1024  # layouts kept per event: a bound for the memory that odd logs can take
+_TAILS = ("string", "bytes")
 _WORD = re.compile(r"(?:u?int|bytes)\d+|bool|address")
 
 _SOURCE = """
@@ -45,7 +46,7 @@ def compile_decode(
     `args` are the names in order; `indexed` and `plain` are (name, canonical type) of what stands in topics and in
     data. The decoder gives what `general` would give, and calls it for every log that is not plainly regular.
     """
-    if not all(_WORD.fullmatch(type_) or type_ in ("string", "bytes") for _, type_ in (*indexed, *plain)):
+    if not all(_WORD.fullmatch(type_) or type_ in _TAILS for _, type_ in (*indexed, *plain)):
         return general
     source, fixed = _source(args, indexed, plain)
     scope: dict[str, Any] = {
@@ -54,7 +55,7 @@ def compile_decode(
         "unhexlify": unhexlify,
         "integer": int.from_bytes,
         "unpack": struct.Struct(fixed).unpack_from,
-        "layouts": _Layouts(fixed, 32 * len(indexed), 32 * len(plain)),
+        "layouts": _Layouts(fixed, 32 * len(indexed), 32 * len(plain), sum(t in _TAILS for _, t in plain)),
         "irregular": (ValueError, OverflowError, struct.error),
     }
     exec(compile(source, "<event decoder>", "exec"), scope)  # noqa: S102
@@ -68,9 +69,9 @@ def _source(
     fixed, variables = ">", ""
     checks: list[str] = []
     values: dict[str, str] = {}
-    tails = [(i, type_) for i, (_, type_) in enumerate((*indexed, *plain)) if type_ in ("string", "bytes")]
+    tails = [(i, type_) for i, (_, type_) in enumerate((*indexed, *plain)) if type_ in _TAILS]
     for i, (name, type_) in enumerate((*indexed, *plain)):
-        if type_ in ("string", "bytes"):
+        if type_ in _TAILS:
             fixed += "32x"  # an offset; the layout stands for it
             values[name] = f"s{i}.decode()" if type_ == "string" else f"s{i}[:n{i}]"
             continue
@@ -130,7 +131,7 @@ def _tail(type_: str, i: int) -> list[str]:
         return [f"s{i} = s{i}.rstrip(b'\\0')", f"if integer(w{i}, 'big') != len(s{i}): return general(topics, data)"]
     return [
         f"n{i} = integer(w{i}, 'big')",
-        f"if n{i} > len(s{i}) or s{i}.count(0, n{i}) != len(s{i}) - n{i}: return general(topics, data)",
+        f"if s{i}.count(0, n{i}) != len(s{i}) - n{i}: return general(topics, data)",  # negative where n is too large
     ]
 
 
@@ -140,11 +141,13 @@ class _Layouts(dict[bytes, tuple[Unpack, int]]):
     Only offsets in canonical order without gaps are taken (what every compiler writes); ValueError for others.
     """
 
-    def __init__(self, fixed: str, base: int, head: int) -> None:
+    def __init__(self, fixed: str, base: int, head: int, tails: int) -> None:
         super().__init__()
-        self.fixed, self.base, self.head = fixed, base, head
+        self.fixed, self.base, self.head, self.tails = fixed, base, head, tails
 
     def __missing__(self, key: bytes) -> tuple[Unpack, int]:
+        if len(key) != 32 * self.tails:  # the data ends within its head
+            raise ValueError("truncated")
         offsets = [int.from_bytes(key[i : i + 32], "big") for i in range(0, len(key), 32)]
         sizes = [after - before for before, after in pairwise(offsets)]
         if offsets[0] != self.head or any(size < 32 or size % 32 for size in sizes):

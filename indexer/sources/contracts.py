@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from indexer.config import ContractSettings
-from indexer.model import Event, Quarantined
+from indexer.model import Block, Event, Quarantined
 from indexer.sources.abi import EventDecoder, Undecodable, bloom_mask, compile_contract
+from indexer.sources.wire import Impossible, Log, to_bytes
 
-if TYPE_CHECKING:
-    from indexer.sources.evm import Log
+# Logs decoded before other tasks (the commit under way) get their turn.
+_LOGS_A_TURN = 500
 
 
 class Contracts:
@@ -53,32 +54,78 @@ class Contracts:
         )
 
     def wants(self, log: Log) -> bool:
-        return bool(log.topics) and log.topics[0] in self._decoders.get(log.address.lower(), {})
+        return self._decoder(log) is not None
 
-    def decode(self, log: Log, events: list[Event], quarantined: list[Quarantined]) -> None:
+    def _decoder(self, log: Log) -> tuple[EventDecoder, int] | None:
+        """The log's decoder and its contract's first block; None where nobody asked for the log."""
+        if not log.topics:
+            return None
+        table = self._decoders.get(log.address)
+        if table is not None and log.topics[0] in table:
+            return table[log.topics[0]]
+        # some nodes write addresses with a checksum in upper and lower case
+        return self._decoders.get(log.address.lower(), {}).get(log.topics[0].lower())
+
+    async def blocks(
+        self, logs: Sequence[Log], timestamps: Mapping[int, int]
+    ) -> tuple[tuple[Block, ...], tuple[Quarantined, ...]]:
+        """Logs in chain order as blocks with their events (blocks without are left out), and what can't be decoded.
+
+        Decodes a turn at a time, so that the commit under way keeps going. Raises Impossible.
+        """
+        blocks: list[Block] = []
+        quarantined: list[Quarantined] = []
+        events: list[Event] = []
+        current = ""
+        for n, one in enumerate(logs):
+            if one.block_number != current:
+                if events:
+                    blocks.append(_block(logs[n - 1], timestamps, events))
+                    events = []
+                current = one.block_number
+            self._decode(one, events, quarantined)
+            if n % _LOGS_A_TURN == _LOGS_A_TURN - 1:
+                await asyncio.sleep(0)
+        if events:
+            blocks.append(_block(logs[-1], timestamps, events))
+        return tuple(blocks), tuple(quarantined)
+
+    def _decode(self, log: Log, events: list[Event], quarantined: list[Quarantined]) -> None:
         """Append the log's event to `events`, or the raw log to `quarantined`; one that nobody asked for to neither."""
-        table = self._decoders.get(log.address) or self._decoders.get(log.address.lower())
-        if table is None or not log.topics:
-            return
-        found = table.get(log.topics[0])
+        found = self._decoder(log)
         if found is None:
             return
         decoder, start_block = found
-        tx_hash = bytes.fromhex(log.transaction_hash[2:])
+        if start_block and int(log.block_number, 16) < start_block:
+            return
+        tx_hash = _hash(log.transaction_hash)
         try:
             args = decoder.decode(log.topics, log.data)
         except Undecodable as error:
             quarantined.append(self._raw(log, decoder.name, tx_hash, str(error)))
             return
-        if start_block and int(log.block_number, 16) < start_block:
-            return
-        events.append(Event(int(log.log_index, 16), decoder.name, args, log.address, tx_hash))
+        events.append(Event(int(log.log_index, 16), decoder.name, args, log.address.lower(), tx_hash))
 
     def _raw(self, log: Log, event: str, tx_hash: bytes, error: str) -> Quarantined:
         return Quarantined(
-            int(log.block_number, 16), bytes.fromhex(log.block_hash[2:]), int(log.log_index, 16), event,
+            int(log.block_number, 16), to_bytes(log.block_hash), int(log.log_index, 16), event,
             log.address.lower(), tx_hash, tuple(_lenient(topic) for topic in log.topics), _lenient(log.data), error,
         )  # fmt: skip
+
+
+def _block(log: Log, timestamps: Mapping[int, int], events: Sequence[Event]) -> Block:
+    number = int(log.block_number, 16)
+    return Block(number, to_bytes(log.block_hash), None, timestamps[number], tuple(events))
+
+
+def _hash(text: str) -> bytes:
+    try:
+        raw = bytes.fromhex(text[2:])
+    except ValueError:
+        raw = b""
+    if len(raw) != 32:
+        raise Impossible("a log's transaction hash is none")
+    return raw
 
 
 def _lenient(text: str) -> bytes:

@@ -5,45 +5,50 @@ from __future__ import annotations
 import asyncio
 import importlib
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from indexer import log
+from indexer.sources.rpc import Endpoint
+from indexer.sources.wire import Header
 
-if TYPE_CHECKING:
-    from indexer.sources.rpc import Endpoint
-
-# Announced headers kept until their block is fetched; only the newest few can be of use.
-_KEPT_HEADERS = 64
+_FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
+# A subscription that has been silent for so long about a block that a poll has seen is made anew.
+_SILENT_SECONDS = 30.0
 
 
 class NewHeads:
-    """Listens at every endpoint that has a ws address. `take` gives each announced number once.
+    """Listens at every endpoint that has a ws address. `take` gives each announcement once.
 
-    Headers are kept per endpoint, since a block must be whole from one node.
+    The headers are noted at the endpoint that announced them, since a block must be whole from one node.
     """
 
     def __init__(self, endpoints: list[Endpoint]) -> None:
-        self._tasks = [asyncio.create_task(self._listen(one)) for one in endpoints if one.ws_url is not None]
-        self._announced: int | None = None
+        self._subscriptions = [_Subscription(self, one) for one in endpoints if one.ws_url is not None]
+        self._announced: Header | None = None
         self._news = asyncio.Event()
-        self._headers: dict[tuple[str, int], dict[str, Any]] = {}
-        self._thinned = log.Thinned()
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for one in self._subscriptions:
+            one.task.cancel()
+        await asyncio.gather(*(one.task for one in self._subscriptions), return_exceptions=True)
 
-    def take(self) -> int | None:
-        """The newest number announced since the last call; None where nothing was."""
+    def take(self) -> Header | None:
+        """The newest header announced since the last call; None where nothing was."""
         announced, self._announced = self._announced, None
         self._news.clear()
         return announced
 
-    def header(self, endpoint: Endpoint, number: int) -> dict[str, Any] | None:
-        """The header that this endpoint announced for `number`, given once: if it proves stale, the node is asked."""
-        return self._headers.pop((endpoint.name, number), None)
+    def heard(self, header: Header) -> None:
+        # of several nodes one is always a little behind
+        if self._announced is None or int(header.number, 16) >= int(self._announced.number, 16):
+            self._announced = header
+        self._news.set()
+
+    def polled(self, number: int) -> None:
+        """A poll found this head: whoever does not announce it before long has gone silent."""
+        for one in self._subscriptions:
+            one.expect(number)
 
     async def wait(self, seconds: float) -> None:
         """Return at the next announcement, at the latest after `seconds`."""
@@ -52,40 +57,67 @@ class NewHeads:
         except TimeoutError:
             return
 
-    async def _listen(self, endpoint: Endpoint) -> None:
-        """Subscribe, and again whenever the connection ends, with growing pauses."""
-        # importing web3 takes a second or so, which the event loop has better uses for
-        web3 = await asyncio.to_thread(importlib.import_module, "web3")
-        pause = 0.5
+
+class _Subscription:
+    """One endpoint's newHeads, subscribed to again whenever the connection ends, with growing pauses."""
+
+    def __init__(self, newheads: NewHeads, endpoint: Endpoint) -> None:
+        self._newheads, self._endpoint = newheads, endpoint
+        self._heard = -1
+        self._patience: asyncio.Timeout | None = None
+        self._thinned = log.Thinned()
+        self.task = asyncio.create_task(self._run(), name=f"newheads {endpoint.name}")
+
+    def expect(self, number: int) -> None:
+        if self._patience is not None and self._patience.when() is None and number > self._heard:
+            self._patience.reschedule(asyncio.get_running_loop().time() + _SILENT_SECONDS)
+
+    async def _run(self) -> None:
+        pause, name = _FIRST_PAUSE_SECONDS, self._endpoint.name
         while True:
             started = time.monotonic()
             try:
-                assert endpoint.ws_url is not None
-                async with web3.AsyncWeb3(web3.WebSocketProvider(endpoint.ws_url.get_secret_value())) as w3:
-                    await w3.eth.subscribe("newHeads")
-                    self._thinned.over("new heads silent", about=endpoint.name, endpoint=endpoint.name)
-                    async for message in w3.socket.process_subscriptions():
-                        self._hear(endpoint, message["result"])
+                await self._listen()
                 reason = "the connection ended"
+            except TimeoutError:
+                reason = "silent while blocks come"
             except Exception as error:
                 # the texts of websocket errors can hold the address, and with it a key
                 reason = type(error).__name__
-            self._thinned.warning("new heads silent", about=endpoint.name, endpoint=endpoint.name, reason=reason)
-            pause = 0.5 if time.monotonic() - started > 60 else min(pause * 2, _LONGEST_PAUSE_SECONDS)
+            self._thinned.warning("new heads silent", endpoint=name, reason=reason)
+            long = time.monotonic() - started > 60
+            pause = _FIRST_PAUSE_SECONDS if long else min(pause * 2, _LONGEST_PAUSE_SECONDS)
             await asyncio.sleep(pause)
 
-    def _hear(self, endpoint: Endpoint, header: Any) -> None:
-        number = int(header["number"])
-        bloom = header.get("logsBloom")
+    async def _listen(self) -> None:
+        """Subscribe and hear, until the connection ends."""
+        assert self._endpoint.ws_url is not None
+        # importing web3 takes a second or so, which the event loop has better uses for
+        web3 = await asyncio.to_thread(importlib.import_module, "web3")
+        middleware = await asyncio.to_thread(importlib.import_module, "web3.middleware")
+        async with web3.AsyncWeb3(web3.WebSocketProvider(self._endpoint.ws_url.get_secret_value())) as w3:
+            # without it, web3 can't read the headers of chains that keep signatures in extraData (BSC, Polygon)
+            w3.middleware_onion.inject(middleware.ExtraDataToPOAMiddleware, layer=0)
+            await w3.eth.subscribe("newHeads")
+            self._thinned.over("new heads silent", endpoint=self._endpoint.name)
+            try:
+                async with asyncio.timeout(None) as self._patience:
+                    async for message in w3.socket.process_subscriptions():
+                        self._hear(message["result"])
+            finally:
+                self._patience = None
+
+    def _hear(self, given: Any) -> None:
+        number = int(given["number"])
+        bloom = given.get("logsBloom")
+        header = Header(
+            hex(number), "0x" + bytes(given["hash"]).hex(), "0x" + bytes(given["parentHash"]).hex(),
+            hex(int(given["timestamp"])), "0x" + bytes(bloom or b"\0").hex(),
+        )  # fmt: skip
+        # a header without a bloom is good for the news alone: the block's own is asked for
         if bloom is not None:
-            self._headers[endpoint.name, number] = {
-                "number": hex(number),
-                "hash": "0x" + bytes(header["hash"]).hex(),
-                "parent_hash": "0x" + bytes(header["parentHash"]).hex(),
-                "timestamp": hex(int(header["timestamp"])),
-                "logs_bloom": "0x" + bytes(bloom).hex(),
-            }
-            while len(self._headers) > _KEPT_HEADERS:
-                self._headers.pop(next(iter(self._headers)))
-        self._announced = number
-        self._news.set()
+            self._endpoint.announce(header)
+        self._heard = max(self._heard, number)
+        if self._patience is not None:
+            self._patience.reschedule(None)
+        self._newheads.heard(header)

@@ -160,7 +160,7 @@ def _limit_and_hint(match: re.Match[str], asked: _Asked) -> Trouble:
 
 
 def _overloaded(divisor: int) -> _Make:
-    """A provider that is overloaded, perhaps by this query: ask for less, after a pause. Where that can't be, not our row."""
+    """A provider that is overloaded, perhaps by this query: ask for less, after a pause. No row for one block."""
 
     def make(_match: re.Match[str], asked: _Asked) -> Trouble | None:
         if asked.first is None or asked.size is None or asked.size <= 1:

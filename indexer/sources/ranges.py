@@ -7,17 +7,18 @@ _PROBE_GROWTH = 1.05
 
 
 class RangeSize:
-    """`blocks` is the size of the next range."""
+    """`blocks` is the size of the next range, at first `start`."""
 
-    def __init__(self, *, max_blocks: int) -> None:
+    def __init__(self, *, max_blocks: int, start: int = _START_BLOCKS) -> None:
         self._max_blocks = max_blocks
         self._ceiling = float(max_blocks)
-        self.blocks = min(_START_BLOCKS, max_blocks)
+        self.blocks = min(start, max_blocks)
 
-    def shrink(self, blocks: int) -> None:
-        """A provider refused; `blocks` is what it takes."""
+    def shrink(self, blocks: int, *, lasting: bool = True) -> None:
+        """A provider refused; `blocks` is what it takes. Not `lasting`: it was overloaded, and may be well soon."""
         self.blocks = max(1, min(self.blocks, blocks))
-        self._ceiling = float(self.blocks)
+        if lasting:
+            self._ceiling = float(self.blocks)
 
     def went_well(self, blocks: int, events: int, target_events: int) -> None:
         """A range of `blocks` gave `events`: aim at `target_events`, at most doubling.

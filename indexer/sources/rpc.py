@@ -1,36 +1,37 @@
-"""JSON-RPC endpoints: typed calls and batches, pacing, health, failover. The world's trouble is retried here.
-
-A piece of work that must not mix two nodes' answers is one function of one endpoint, given to `Endpoints.run`.
-"""
+"""One JSON-RPC endpoint: typed calls and batches, pacing, what was learnt of it, and no key in any text."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import aiohttp
 import msgspec
 
-from indexer import log, metrics
-from indexer.config import ChainSettings, EndpointSettings
-from indexer.errors import RpcUnavailable
+from indexer import metrics
+from indexer.config import EndpointSettings
 from indexer.sources.provider_errors import Kind, Trouble, classify
+from indexer.sources.wire import Header, quantity
 
 T = TypeVar("T")
 
-# Rest after the n-th failure in a row: at once somewhere else, then doubling.
-_FIRST_REST_SECONDS = 0.1
-_LONGEST_REST_SECONDS = 15.0
-_BILLING_REST_SECONDS = 600.0
 _OUTCOMES = {Kind.RANGE: "range", Kind.ADDRESSES: "range", Kind.RATE_LIMITED: "rate_limited"}
+# Light questions, whose answer takes the same time whatever we are busy with; the others would not compare.
+_MEASURED = frozenset({"eth_chainId", "eth_blockNumber", "eth_getBlockByNumber"})
+_MOST_CALLS_A_BATCH = 100  # what providers commonly take
+_KEPT_HEADERS = 16
+_FRESH_SECONDS = 5.0
+_SHORTEST_KEY = 8
 
 
 class RpcError(msgspec.Struct):
-    code: int = 0
-    message: str = ""
+    code: int | float | str | None = None
+    message: str | None = None
     data: msgspec.Raw = msgspec.Raw(b"")
 
 
@@ -39,36 +40,60 @@ class Reply(msgspec.Struct, Generic[T]):
 
     id: int | str | None = None
     result: T | msgspec.UnsetType = msgspec.UNSET
-    error: RpcError | None = None
+    error: RpcError | str | None = None
 
 
 class RpcTrouble(Exception):
-    """An endpoint did not give the answer; `trouble` says what to do about it."""
+    """An endpoint did not give the answer; `trouble` says what to do about it.
 
-    def __init__(self, endpoint: Endpoint, method: str, trouble: Trouble, outcome: str = "error") -> None:
+    `declined`: the node itself said no, in an error of JSON-RPC (of this `code`) or HTTP 4xx; it was not just out of
+    reach or out of order.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, method: str, trouble: Trouble, outcome: str = "error", *,
+        code: int | None = None, declined: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(f"{endpoint.name}: {method}: {trouble.message}")
         self.endpoint, self.method, self.trouble, self.outcome = endpoint, method, trouble, outcome
+        self.code, self.declined = code, declined
+
+
+class _Context(msgspec.Struct):
+    """What a request was about and how its answer came, for the reading of errors."""
+
+    method: str
+    span: tuple[int, int] | None = None
+    raw: bytes = b""
+    status: int = 200
+    retry_after: float | None = None
 
 
 class Endpoint:
     """One node: its connection, what was learnt of its limits, and how well it does."""
 
     def __init__(self, settings: EndpointSettings, session: aiohttp.ClientSession, timeout_seconds: float) -> None:
-        self.name = endpoint_name(settings)
+        self.name = settings.label
         self.ws_url = settings.ws
         self._url = settings.url.get_secret_value()
+        self._keys = _keys(self._url, settings.ws.get_secret_value() if settings.ws else "")
         self._session = session
         self._timeout = timeout_seconds
         self._pause = 1 / settings.max_requests_per_second if settings.max_requests_per_second else 0.0
         self._next_slot = 0.0
         self._ids = 0
         self._decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
-        # learnt from the provider's refusals
+        self._announced: dict[int, tuple[float, Header]] = {}
+        # learnt from the node: its network, its newest block, and the limits that it named
+        self.chain_id: str | None = None
+        self.newest = -1
         self.max_blocks: int | None = None
         self.max_addresses: int | None = None
-        # health
-        self.rested_until = 0.0
+        self.max_batch = _MOST_CALLS_A_BATCH
+        # health; one that is doubted has failed and not done anything since
+        self.rested_at = self.rested_until = 0.0
         self.failures = 0
+        self.doubted = False
         self.latency = 0.0
         self.last_error = ""
 
@@ -81,9 +106,10 @@ class Endpoint:
         """
         self._ids += 1
         body = msgspec.json.encode({"jsonrpc": "2.0", "id": self._ids, "method": method, "params": list(params)})
-        raw, status, retry_after = await self._post(method, body)
-        reply: Reply[T] = self._decoded(method, raw, status, _reply(type_), retry_after, span)
-        return self._result(method, reply, status, retry_after, span)
+        about = _Context(method, span)
+        await self._post(about, body)
+        reply: Reply[T] = self._decoded(about, Reply[type_])  # type: ignore[valid-type]
+        return self._result(about, reply)
 
     async def batch(self, method: str, calls: Sequence[Sequence[Any]], type_: type[T]) -> list[T]:
         """The same method for many parameters in one request, answers in the order of `calls`; raises RpcTrouble."""
@@ -92,20 +118,23 @@ class Endpoint:
         body = msgspec.json.encode(
             [{"jsonrpc": "2.0", "id": first + n, "method": method, "params": list(p)} for n, p in enumerate(calls)]
         )
-        raw, status, retry_after = await self._post(method, body)
-        if raw.lstrip()[:1] != b"[":  # a refusal of the whole batch is a single object
-            refusal = self._decoded(method, raw, status, _reply(type_), retry_after, None)
-            self._result(method, refusal, status, retry_after, None)
-            raise self._failed(method, Trouble(Kind.TRANSIENT, "one answer to a batch"), "invalid")
-        replies: list[Reply[T]] = self._decoded(method, raw, status, _replies(type_), retry_after, None)
+        about = _Context(method)
+        await self._post(about, body, len(calls))
+        if about.raw.lstrip()[:1] != b"[":  # a refusal of the whole batch is a single object
+            self._result(about, self._decoded(about, Reply[Any]))
+            raise self.failed(method, Trouble(Kind.TRANSIENT, "one answer to a batch"), "invalid", declined=True)
+        replies: list[Reply[T]] = self._decoded(about, list[Reply[type_]])  # type: ignore[valid-type]
         by_id = {reply.id: reply for reply in replies}
-        if len(by_id) != len(calls):
+        if by_id.keys() != set(range(first, first + len(calls))):
+            # an error of no id is the refusal of all of them
+            for reply in replies:
+                self._result(about, reply)
             trouble = Trouble(Kind.TRANSIENT, f"{len(by_id)} answers to a batch of {len(calls)}")
-            raise self._failed(method, trouble, "invalid")
-        return [self._result(method, by_id[first + n], status, retry_after, None) for n in range(len(calls))]
+            raise self.failed(method, trouble, "invalid", declined=True)
+        return [self._result(about, by_id[first + n]) for n in range(len(calls))]
 
-    async def _post(self, method: str, body: bytes) -> tuple[bytes, int, float | None]:
-        await self._paced()
+    async def _post(self, about: _Context, body: bytes, calls: int = 1) -> None:
+        await self._paced(calls)
         started = time.perf_counter()
         headers = {"Content-Type": "application/json"}
         try:
@@ -114,65 +143,94 @@ class Endpoint:
                     raw = await response.read()
         except TimeoutError:
             trouble = Trouble(Kind.TRANSIENT, f"no answer within {self._timeout:g} s")
-            raise self._failed(method, trouble, "timeout") from None
-        except (aiohttp.ClientError, OSError) as error:
+            raise self.failed(about.method, trouble, "timeout") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             # aiohttp's own text may hold the whole address, and with it a key
             trouble = Trouble(Kind.TRANSIENT, f"not reached ({type(error).__name__})")
-            raise self._failed(method, trouble) from None
+            raise self.failed(about.method, trouble) from None
         seconds = time.perf_counter() - started
-        self.latency = seconds if not self.latency else 0.8 * self.latency + 0.2 * seconds
-        metrics.rpc_seconds.labels(self.name, method).observe(seconds)
-        return raw, response.status, _seconds(response.headers.get("Retry-After"))
+        if about.method in _MEASURED and calls == 1:
+            self.latency = seconds if not self.latency else 0.8 * self.latency + 0.2 * seconds
+        metrics.rpc_seconds.labels(self.name, about.method).observe(seconds)
+        about.raw, about.status = raw, response.status
+        about.retry_after = _seconds(response.headers.get("Retry-After"))
 
-    def _decoded(
-        self, method: str, raw: bytes, status: int, type_: Any, retry_after: float | None, span: tuple[int, int] | None
-    ) -> Any:
+    def _decoded(self, about: _Context, type_: Any) -> Any:
         decoder = self._decoders.get(type_)
         if decoder is None:
             decoder = self._decoders[type_] = msgspec.json.Decoder(type_)
         try:
-            return decoder.decode(raw)
+            return decoder.decode(about.raw)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            if status >= 400:
-                text = raw[:300].decode(errors="replace")
-                raise self._refused(method, status, None, text, "", retry_after, span) from None
-            raise self._failed(method, Trouble(Kind.TRANSIENT, f"not the JSON expected: {error}"), "invalid") from None
+            if about.status >= 400:
+                raise self._refused(about, None, self._body(about), "") from None
+            trouble = Trouble(Kind.TRANSIENT, f"not the JSON expected: {error}")
+            raise self.failed(about.method, trouble, "invalid") from None
 
-    def _result(
-        self, method: str, reply: Reply[T], status: int, retry_after: float | None, span: tuple[int, int] | None
-    ) -> T:
+    def _result(self, about: _Context, reply: Reply[T]) -> T:
         if reply.error is not None:
-            error = reply.error
+            error = reply.error if isinstance(reply.error, RpcError) else RpcError(message=reply.error)
             data = bytes(error.data).decode(errors="replace")
-            raise self._refused(method, status, error.code, error.message, data, retry_after, span)
-        if status >= 400:
-            raise self._refused(method, status, None, f"HTTP {status}", "", retry_after, span)
+            raise self._refused(about, _code(error.code), error.message or "an error without words", data)
+        if about.status >= 400:
+            raise self._refused(about, None, self._body(about), "")
         if reply.result is msgspec.UNSET:
-            raise self._failed(method, Trouble(Kind.TRANSIENT, "neither result nor error"), "invalid")
-        metrics.rpc_requests_total.labels(self.name, method, "ok").inc()
+            raise self.failed(about.method, Trouble(Kind.TRANSIENT, "neither result nor error"), "invalid")
+        metrics.rpc_requests_total.labels(self.name, about.method, "ok").inc()
         return reply.result
 
-    def _refused(
-        self, method: str, status: int, code: int | None, message: str, data: str,
-        retry_after: float | None, span: tuple[int, int] | None,
-    ) -> RpcTrouble:  # fmt: skip
-        first, last = span or (None, None)
-        trouble = classify(
-            status=status, code=code, message=message, data=data, first=first, last=last, retry_after=retry_after
-        )
-        return self._failed(method, trouble)
+    def _body(self, about: _Context) -> str:
+        """An HTTP error in words, from a body that is not JSON-RPC."""
+        text = self._masked(about.raw[:4000].decode(errors="replace"))
+        return f"HTTP {about.status} {' '.join(text.split())}".strip()[:300]
 
-    def _failed(self, method: str, trouble: Trouble, outcome: str | None = None) -> RpcTrouble:
+    def _refused(self, about: _Context, code: int | None, message: str, data: str) -> RpcTrouble:
+        first, last = about.span or (None, None)
+        trouble = classify(
+            status=about.status, code=code, message=self._masked(message), data=self._masked(data),
+            first=first, last=last, retry_after=about.retry_after,
+        )  # fmt: skip
+        declined = code is not None or 400 <= about.status < 500
+        return self.failed(about.method, trouble, code=code, declined=declined)
+
+    def failed(
+        self, method: str, trouble: Trouble, outcome: str | None = None, *,
+        code: int | None = None, declined: bool = False,
+    ) -> RpcTrouble:  # fmt: skip
+        """The exception to raise for this trouble, counted."""
         outcome = outcome or _OUTCOMES.get(trouble.kind, "error")
         metrics.rpc_requests_total.labels(self.name, method, outcome).inc()
-        return RpcTrouble(self, method, trouble, outcome)
+        trouble = dataclasses.replace(trouble, message=self._masked(trouble.message))
+        return RpcTrouble(self, method, trouble, outcome, code=code, declined=declined)
 
-    async def _paced(self) -> None:
-        """Keep to max_requests_per_second, by giving each request the next free slot."""
+    def _masked(self, text: str) -> str:
+        """Gateways like to repeat the address that they were asked at."""
+        return self._keys.sub("***", text) if self._keys else text
+
+    async def _paced(self, calls: int) -> None:
+        """Keep to max_requests_per_second, by giving each call the next free slot; those of a batch count each."""
         if self._pause:
             now = time.monotonic()
-            self._next_slot = max(self._next_slot, now) + self._pause
-            await asyncio.sleep(self._next_slot - self._pause - now)
+            slot = max(self._next_slot, now)
+            self._next_slot = slot + self._pause * calls
+            await asyncio.sleep(slot - now)
+
+    # -- what it announced -----------------------------------------------------------------------------------------
+
+    def announce(self, header: Header) -> None:
+        """Note a header that the node showed of its own accord, or as its newest."""
+        number = quantity(header.number)
+        self.newest = max(self.newest, number)
+        self._announced[number] = (time.monotonic(), header)
+        while len(self._announced) > _KEPT_HEADERS:
+            del self._announced[next(iter(self._announced))]
+
+    def announced(self, number: int) -> Header | None:
+        """The header that was announced just now for `number`, given once: if it proves stale, the node is asked."""
+        at, header = self._announced.pop(number, (0.0, None))
+        return header if time.monotonic() - at < _FRESH_SECONDS else None
+
+    # -- health ----------------------------------------------------------------------------------------------------
 
     @property
     def resting(self) -> float:
@@ -180,90 +238,41 @@ class Endpoint:
         return max(0.0, self.rested_until - time.monotonic())
 
     def rest(self, seconds: float, why: str) -> None:
-        self.rested_until = max(self.rested_until, time.monotonic() + seconds)
-        self.last_error = why
+        self.rested_at = time.monotonic()
+        self.rested_until = max(self.rested_until, self.rested_at + seconds)
+        self.last_error, self.doubted = why, True
         metrics.endpoint_healthy.labels(self.name).set(0)
 
     def well(self) -> None:
-        self.failures, self.rested_until, self.last_error = 0, 0.0, ""
+        self.failures, self.rested_until, self.last_error, self.doubted = 0, 0.0, "", False
         metrics.endpoint_healthy.labels(self.name).set(1)
 
 
-class Endpoints:
-    """The endpoints of a chain: the healthiest is asked, one that fails is rested and another asked."""
-
-    def __init__(self, settings: ChainSettings) -> None:
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
-        self._session = aiohttp.ClientSession(connector=connector, auto_decompress=True)
-        self.all = [Endpoint(one, self._session, settings.request_timeout_seconds) for one in settings.endpoints]
-        self._patience = settings.connect_timeout_seconds
-        self._thinned = log.Thinned()
-
-    async def close(self) -> None:
-        await self._session.close()
-
-    def best(self) -> Endpoint:
-        """The endpoint to ask next: one that does not rest, with the fewest failures and the quickest answers."""
-        return min(self.all, key=lambda one: (one.resting, one.failures, round(one.latency, 2)))
-
-    async def run(self, work: Callable[[Endpoint], Awaitable[T]], *, patience: float | None = None) -> T:
-        """Run `work` on the best endpoint, and on the next one if that fails, until one has done it.
-
-        Waits while all of them rest. `patience`: raise RpcUnavailable after so many seconds; None tries for ever (the
-        daemon's stall is then plain to see). A RANGE trouble that `work` lets through is raised as RpcUnavailable: the
-        provider can't serve what was asked.
-        """
-        started = time.monotonic()
-        while True:
-            endpoint = self.best()
-            if endpoint.resting:
-                await asyncio.sleep(endpoint.resting)
-            try:
-                result = await work(endpoint)
-            except RpcTrouble as failed:
-                self._rest(failed)
-                if patience is not None and time.monotonic() - started > patience:
-                    raise RpcUnavailable(self._unavailable(failed)) from None
-            else:
-                if endpoint.failures:
-                    self._thinned.over("endpoint rested", about=endpoint.name, endpoint=endpoint.name)
-                endpoint.well()
-                return result
-
-    def _unavailable(self, failed: RpcTrouble) -> str:
-        names = ", ".join(one.name for one in self.all)
-        return f"no node answers ({names}): {failed.trouble.message}; check chain.endpoints and the node"
-
-    def _rest(self, failed: RpcTrouble) -> None:
-        endpoint, trouble = failed.endpoint, failed.trouble
-        endpoint.failures += 1
-        seconds = min(_FIRST_REST_SECONDS * 2 ** min(endpoint.failures - 1, 10), _LONGEST_REST_SECONDS)
-        if trouble.kind is Kind.RATE_LIMITED:
-            seconds = trouble.retry_after if trouble.retry_after is not None else max(seconds, 0.5)
-        elif trouble.kind is Kind.BILLING:
-            seconds = _BILLING_REST_SECONDS
-        elif trouble.kind is Kind.BEHIND:
-            seconds = min(seconds, 1.0)
-        endpoint.rest(seconds, trouble.message)
-        if trouble.kind is not Kind.BEHIND or endpoint.failures > 3:
-            self._thinned.warning(
-                "endpoint rested", about=endpoint.name, endpoint=endpoint.name, method=failed.method,
-                error=trouble.message[:300], kind=trouble.kind.name.lower(), seconds=round(seconds, 2),
-            )  # fmt: skip
+def _keys(*urls: str) -> re.Pattern[str] | None:
+    """What could be a key in the addresses: each part of path, query and user that is not too short for one."""
+    texts: set[str] = set()
+    for parts in map(urlsplit, urls):
+        query = [value for pair in parse_qsl(parts.query, keep_blank_values=True) for value in pair]
+        user = [parts.username or "", parts.password or ""]
+        texts |= {
+            parts.path,
+            parts.query,
+            parts.fragment,
+            *parts.path.split("/"),
+            *parts.query.split("&"),
+            *query,
+            *user,
+        }
+    texts |= {unquote(text) for text in texts}
+    found = sorted((text for text in texts if len(text) >= _SHORTEST_KEY), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found)), re.IGNORECASE) if found else None
 
 
-def endpoint_name(settings: EndpointSettings) -> str:
-    """How an endpoint is shown: by its name, or the host (never the path or query, which may hold a key)."""
-    parts = urlsplit(settings.url.get_secret_value())
-    return settings.name or f"{parts.hostname or 'endpoint'}{f':{parts.port}' if parts.port else ''}"
-
-
-def _reply(type_: Any) -> Any:
-    return Reply[type_]
-
-
-def _replies(type_: Any) -> Any:
-    return list[Reply[type_]]
+def _code(given: float | str | None) -> int | None:
+    try:
+        return None if given is None else int(given)
+    except ValueError:
+        return None
 
 
 def _seconds(header: str | None) -> float | None:
