@@ -125,7 +125,9 @@ async def copy_floor(connection: asyncpg.Connection) -> float:
     return seconds
 
 
-async def indexed(folder: Path, dsn: str, url: str, made: Made, kills: int, pids: list[int]) -> tuple[float, dict[str, str]]:
+async def indexed(
+    folder: Path, dsn: str, url: str, made: Made, kills: int, pids: list[int]
+) -> tuple[float, dict[str, str]]:
     """Index the whole chain into a new database; seconds from the daemon's start to its last commit, and checksums."""
     text = CONFIG.format(dsn=dsn, url=url, address=made.address, signature=SIGNATURE)
     (folder / "indexer.toml").write_text(text)
@@ -153,7 +155,8 @@ async def indexed(folder: Path, dsn: str, url: str, made: Made, kills: int, pids
         seconds = time.perf_counter() - started
         if not kills:
             since_first = time.perf_counter() - first_commit
-            print(f"  start to first commit {first_commit - started:.2f} s, then {made.events / since_first:,.0f} events/s")
+            speed = made.events / since_first
+            print(f"  start to first commit {first_commit - started:.2f} s, then {speed:,.0f} events/s")
             print(f"  CPU seconds: daemon {daemon_cpu:.1f}, node and Postgres {cpu_seconds(pids) - before:.1f}")
         return seconds, await checksums(connection)
     finally:

@@ -126,7 +126,7 @@ class ChainSettings(Section):
     name: str = Field(
         default="main", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="name of the chain in the database"
     )
-    source: Literal["evm", "core", "recorded"] = Field(default="evm", description="kind of chain")
+    source: Literal["evm"] = Field(default="evm", description="kind of chain")
     endpoints: Annotated[list[EndpointSettings], AfterValidator(_named_apart)] = Field(
         default=[], description="the nodes, in order of preference"
     )

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 from asyncpg.exceptions import PostgresError
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from indexer.config import DatabaseSettings
 from indexer.errors import ConfigError, DatabaseUnavailable, IndexerError
@@ -114,7 +114,7 @@ class Database:
     async def _patiently(self, open_: Any) -> Any:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(DatabaseUnavailable),
-            wait=wait_exponential_jitter(initial=0.1, max=1.0, jitter=0.1),
+            wait=wait_random_exponential(multiplier=0.1, max=1.0),
             stop=stop_after_delay(self._patience),
             reraise=True,
         )
@@ -165,10 +165,38 @@ class Database:
         )
 
 
+async def make_schema(connection: Connection, schema: str) -> None:
+    """Make the schema of the hooks' tables where it is missing; an existing one needs no right to make one."""
+    with translated():
+        if await connection.fetchval("select to_regnamespace(quote_ident($1)) is null", schema):
+            # Postgres itself quotes the name
+            await connection.execute(
+                await connection.fetchval("select format('create schema if not exists %I', $1::text)", schema)
+            )
+
+
 async def try_lead(connection: Connection, chain: int) -> bool:
     """Take the chain's advisory lock for as long as this connection lives; False where another process has it."""
     with translated():
         return bool(await connection.fetchval("select pg_try_advisory_lock(hashtext('indexer.leader'), $1)", chain))
+
+
+async def is_led(connection: Connection, chain: int) -> bool:
+    """Whether some process holds the chain's lock at this moment."""
+    with translated():
+        return bool(
+            await connection.fetchval(
+                """
+                select exists (
+                    select from pg_locks
+                    where locktype = 'advisory' and granted and objsubid = 2 and objid = $1::int::oid
+                        and classid::bigint = hashtext('indexer.leader')::bigint & 4294967295
+                        and database = (select oid from pg_database where datname = current_database())
+                )
+                """,
+                chain,
+            )
+        )
 
 
 def shown(dsn: str) -> str:

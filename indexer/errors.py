@@ -8,7 +8,7 @@
     │   ├── MigrationError    a migration file that was changed, or a database that is newer than we are
     │   └── WrongNetwork      the chain is not the one that was configured or first seen
     ├── Halted            3   nothing can be committed before a person has looked
-    │   ├── HookFailed        a hook raised, and its policy is to halt
+    │   ├── HookFailed        a hook raised, and its policy is to halt (UndeclaredTable: it wrote a foreign table)
     │   └── DeepReorg         the chain changed below what was final
     └── Temporary        75   may be well again by itself
         ├── DatabaseUnavailable
@@ -65,6 +65,10 @@ class HookFailed(Halted):
         super().__init__(f"hook {hook} failed at {at}: {type(cause).__name__}: {cause}")
         self.hook, self.first, self.last = hook, first, last
         self.__cause__ = cause
+
+
+class UndeclaredTable(Exception):
+    """A hook wrote a table that it does not declare: nothing could undo that. What a HookFailed is caused by."""
 
 
 class DeepReorg(Halted):

@@ -236,6 +236,8 @@ async def _watch_leader(connection: Connection, pipeline: Pipeline, state: State
     with translated():
         cursor = await ledger.cursor(connection, pipeline.chain.id)
     state.at(cursor.ref.number, cursor.block_time)
+    if cursor.heads is not None:
+        state.saw(cursor.heads)
 
 
 async def _record_halt(database: Database, pipeline: Pipeline, state: State, failed: HookFailed) -> None:

@@ -29,10 +29,11 @@ class ChainRow(msgspec.Struct, frozen=True):
 
 
 class Cursor(msgspec.Struct, frozen=True):
-    """How far a chain is applied: the ref of the newest applied block and that block's time (seconds since 1970)."""
+    """How far a chain is applied: the newest applied block, its time (seconds since 1970), what its writer last saw."""
 
     ref: BlockRef
     block_time: int | None
+    heads: Heads | None
 
 
 class Pace(msgspec.Struct, frozen=True):
@@ -78,10 +79,13 @@ async def find_chain(connection: Connection, name: str) -> ChainRow | None:
 
 
 async def cursor(connection: Connection, chain: int) -> Cursor:
-    row = await connection.fetchrow("select number, hash, block_time from indexer.cursor where chain = $1", chain)
+    row = await connection.fetchrow(
+        "select number, hash, block_time, head, final from indexer.cursor where chain = $1", chain
+    )
     assert row is not None, "open_chain makes the cursor"
     time = row["block_time"]
-    return Cursor(BlockRef(row["number"], row["hash"]), int(time.timestamp()) if time else None)
+    heads = Heads(row["head"], row["final"]) if row["head"] is not None else None
+    return Cursor(BlockRef(row["number"], row["hash"]), int(time.timestamp()) if time else None, heads)
 
 
 async def advance(connection: Connection, chain: int, at: BlockRef, span: Span, pace: Pace, leader: str) -> None:
@@ -198,6 +202,22 @@ async def journal_from(connection: Connection, chain: int, number: int) -> None:
 async def journal_rows(connection: Connection, chain: int) -> int:
     """How many rows are kept to undo a reorganisation."""
     return int(await connection.fetchval("select count(*) from indexer.journal where chain = $1", chain))
+
+
+async def writes_elsewhere(connection: Connection, declared: Sequence[str]) -> dict[str, int]:
+    """Rows written in this transaction (and since the server's last report, so take differences) by table, for all
+    tables but the engine's, temporary ones and those in `declared`."""
+    rows = await connection.fetch(
+        """
+        select relid::regclass::text as name, n_tup_ins + n_tup_upd + n_tup_del as written
+        from pg_stat_xact_user_tables
+        where schemaname <> 'indexer' and schemaname not like 'pg_temp%'
+          and n_tup_ins + n_tup_upd + n_tup_del > 0
+          and not exists (select from unnest($1::text[]) as declared (name) where to_regclass(declared.name) = relid)
+        """,
+        list(declared),
+    )
+    return {row["name"]: row["written"] for row in rows}
 
 
 async def rewind(connection: Connection, chain: int, at: BlockRef, to: BlockRef) -> int:

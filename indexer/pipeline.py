@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
 
 from indexer import ledger, metrics
 from indexer.db import Connection, translated
-from indexer.errors import DatabaseUnavailable, HookFailed
+from indexer.errors import DatabaseUnavailable, HookFailed, UndeclaredTable
 from indexer.ledger import Pace
 from indexer.model import Block, BlockRef, Hook, Span
 from indexer.registry import Registered
@@ -31,6 +31,8 @@ class Pipeline:
     def __init__(self, chain: ledger.ChainRow, hooks: Sequence[Registered], leader: str) -> None:
         self.chain, self.hooks, self.leader = chain, tuple(hooks), leader
         self.halted_at: int | None = None  # the block at which an earlier run halted, until it is passed
+        self._tables = sorted({table for one in self.hooks for table in one.hook.tables})
+        self._look_at_each = False  # after each hook, which one writes where it should not
 
     async def apply(
         self, connection: Connection, at: BlockRef, span: Span, pace: Pace
@@ -47,6 +49,8 @@ class Pipeline:
         except HookFailed:
             if len(span.blocks) <= 1:
                 raise
+        except UndeclaredTable:
+            self._look_at_each = True
         for part in blockwise(span):
             yield await self._commit(connection, at, part, pace)
             at = part.end
@@ -60,7 +64,9 @@ class Pipeline:
             await ledger.advance(connection, self.chain.id, at, span, pace, self.leader)
             if not span.final:
                 await ledger.journal_from(connection, self.chain.id, span.last)
-            covered = await self._run_hooks(tx, connection, span, failures)
+            before = await ledger.writes_elsewhere(connection, self._tables)
+            covered = await self._run_hooks(tx, connection, span, failures, before)
+            await self._check_declared(connection, before)
             await ledger.cover(connection, self.chain.id, covered, span.first, span.last)
             if failures:
                 await self._cover_around(connection, span, covered)
@@ -92,7 +98,7 @@ class Pipeline:
         return rows
 
     async def _run_hooks(
-        self, tx: Tx, connection: Connection, span: Span, failures: list[HookFailed]
+        self, tx: Tx, connection: Connection, span: Span, failures: list[HookFailed], before: Mapping[str, int]
     ) -> list[str]:
         """Run the hooks in order; returns the names of those that have now applied the span."""
         covered: list[str] = []
@@ -103,6 +109,10 @@ class Pipeline:
                 continue
             try:
                 await self._run_hook(one, tx, connection, span)
+                if self._look_at_each:
+                    await self._check_declared(connection, before)
+            except UndeclaredTable as error:
+                raise HookFailed(one.name, span.first, span.last, error) from error
             except HookFailed as failed:
                 if one.policy.on_error == "halt" or len(span.blocks) > 1:
                     raise
@@ -111,6 +121,16 @@ class Pipeline:
             else:
                 covered.append(one.name)
         return covered
+
+    async def _check_declared(self, connection: Connection, before: Mapping[str, int]) -> None:
+        """Only rows of declared tables are journalled, so a write elsewhere is an error at once, not at the first fork.
+
+        Postgres' own counts of this transaction show it: whatever the way, by a trigger or a function too.
+        """
+        after = await ledger.writes_elsewhere(connection, self._tables)
+        wrong = [table for table, rows in after.items() if rows > before.get(table, 0)]
+        if wrong:
+            raise UndeclaredTable(f"it wrote the table {wrong[0]}, which no hook declares: add it to the hook's tables")
 
     async def _cover_around(self, connection: Connection, span: Span, covered: Sequence[str]) -> None:
         """A hook that was skipped at the span's one block misses nothing in the empty blocks before and after it."""

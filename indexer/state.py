@@ -63,8 +63,6 @@ class State:
         self.spans += 1
         self.progressed_at = now
         self._ticks.append((now, self.blocks, self.events))
-        while len(self._ticks) > 2 and now - self._ticks[0][0] > _WINDOW_SECONDS:
-            self._ticks.popleft()
         self.at(span.last, span.end_timestamp)
 
     def _lag(self) -> None:
@@ -85,6 +83,8 @@ class State:
     @property
     def rates(self) -> tuple[float, float]:
         """Blocks and events a second over the last seconds."""
+        while len(self._ticks) > 1 and time.monotonic() - self._ticks[1][0] > _WINDOW_SECONDS:
+            self._ticks.popleft()
         t0, blocks, events = self._ticks[0]
         seconds = max(time.monotonic() - t0, 0.05)
         return (self.blocks - blocks) / seconds, (self.events - events) / seconds

@@ -16,10 +16,7 @@ from rich.table import Table
 from indexer import ledger
 from indexer.app import open_database
 from indexer.config import Settings
-from indexer.db import Connection
-
-# The leader tells the database every two seconds that it lives.
-_ALIVE_SECONDS = 10.0
+from indexer.db import Connection, is_led
 
 
 async def facts(connection: Connection, chain_name: str) -> dict[str, Any] | None:
@@ -36,7 +33,7 @@ async def facts(connection: Connection, chain_name: str) -> dict[str, Any] | Non
     lag_blocks = max(0, head - row["cursor"])
     block_time = row["block_time"].timestamp() if row["block_time"] else None
     speed = row["blocks_per_second"]
-    running = row["leader"] is not None and row["seen_seconds_ago"] < _ALIVE_SECONDS
+    running = await is_led(connection, row["id"])
     return {
         "chain": row["name"], "chain_id": row["identity"], "source": row["source"], "start_block": row["start_block"],
         "running": running, "leader": row["leader"], "seen_seconds_ago": round(row["seen_seconds_ago"], 1),

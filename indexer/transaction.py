@@ -57,6 +57,8 @@ class Tx:
         try:
             with translated():
                 yield
+        except asyncpg.InFailedSQLTransactionError as error:
+            raise error from self.trouble
         except (asyncpg.PostgresError, DatabaseUnavailable) as error:
             self.trouble = error
             raise
@@ -116,11 +118,11 @@ class Tx:
         with self._statement():
             create, insert, drop = await self._connection.fetchrow(  # type: ignore[misc]
                 """
-                select format('create temporary table indexer_new_rows on commit drop as select %s from %I with no data',
+                select format('create temporary table indexer_rows on commit drop as select %s from %I with no data',
                               cols, tbl),
-                       format('insert into %I (%s) select %s from indexer_new_rows on conflict do nothing returning %s',
+                       format('insert into %I (%s) select %s from indexer_rows on conflict do nothing returning %s',
                               tbl, cols, cols, keys),
-                       'drop table indexer_new_rows'
+                       'drop table indexer_rows'
                 from (select $1::text as tbl,
                              (select string_agg(quote_ident(c), ', ' order by n)
                               from unnest($2::text[]) with ordinality as u (c, n)) as cols,
@@ -130,7 +132,7 @@ class Tx:
                 table, list(columns), list(key),
             )  # fmt: skip
             await self._connection.execute(create)
-            await self._connection.copy_records_to_table("indexer_new_rows", records=records, columns=list(columns))
+            await self._connection.copy_records_to_table("indexer_rows", records=records, columns=list(columns))
             fresh = Counter(tuple(row) for row in await self._connection.fetch(insert))
             await self._connection.execute(drop)
         places = [list(columns).index(column) for column in key]

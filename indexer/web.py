@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _PAGE = Path(__file__).parent / "page.html"
 # a panel's query that takes longer than this is not worth its load
 _PANEL_SECONDS = 2.0
+_KEPT_SECONDS = 1.5
 
 
 class Web:
@@ -37,6 +40,9 @@ class Web:
         self._settings, self._database, self._endpoints, self._state = settings, database, endpoints, state
         self._panels = [panel for one in hooks for panel in getattr(one.hook, "panels", ())]
         self._page = _PAGE.read_bytes()
+        self._reading = asyncio.Lock()
+        self._read_at = -_KEPT_SECONDS - 1
+        self._kept: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
         self.url = ""
 
     @asynccontextmanager
@@ -47,6 +53,7 @@ class Web:
         application.add_routes([
             web.get("/", self.page), web.get("/livez", self.livez), web.get("/readyz", self.readyz),
             web.get("/metrics", self.metrics), web.get("/status.json", self.status),
+            web.get("/favicon.ico", self.nothing),
         ])  # fmt: skip
         runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
@@ -82,11 +89,17 @@ class Web:
         facts = {"ready": ready, "role": state.role, "reason": reason, "lag_blocks": state.lag_blocks}
         return _json(facts, 200 if ready else 503)
 
+    async def nothing(self, _: web.Request) -> web.Response:
+        return web.Response(status=204)
+
     async def metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})
 
     async def page(self, _: web.Request) -> web.Response:
-        policy = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'"
+        policy = (
+            "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
         headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
         return web.Response(body=self._page, content_type="text/html", charset="utf-8", headers=headers)
 
@@ -95,9 +108,10 @@ class Web:
         blocks_per_second, events_per_second = state.rates
         facts: dict[str, Any] = {
             "version": version(), "chain": state.chain, "role": state.role, "reason": state.reason,
-            "start_block": state.start_block, "head": state.heads.newest, "final": state.heads.final,
+            "start_block": state.start_block, "head": _known(state.heads.newest), "final": _known(state.heads.final),
             "cursor": state.cursor, "block_time": state.block_time, "lag_blocks": state.lag_blocks,
-            "lag_seconds": round(state.lag_seconds, 1), "stalled_seconds": round(state.stalled_seconds, 1),
+            "lag_seconds": round(state.lag_seconds, 1), "stalled": self._stalled,
+            "stalled_seconds": round(state.stalled_seconds, 1),
             "waiting_on": state.waiting_on, "blocks": state.blocks, "events": state.events,
             "blocks_per_second": round(blocks_per_second, 1), "events_per_second": round(events_per_second, 1),
             "eta_seconds": state.eta_seconds,
@@ -117,10 +131,15 @@ class Web:
         return _json(facts)
 
     async def _from_database(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        async with self._database.acquire() as connection:
-            chain = await ledger.find_chain(connection, self._state.chain)
-            failures = await ledger.open_failures(connection, chain.id) if chain else []
-            return failures, [await _panel(connection, panel) for panel in self._panels]
+        """Failures and panels, read at most once a while however many people look at the page."""
+        async with self._reading:
+            if time.monotonic() - self._read_at > _KEPT_SECONDS:
+                async with self._database.acquire() as connection:
+                    chain = await ledger.find_chain(connection, self._state.chain)
+                    failures = await ledger.open_failures(connection, chain.id) if chain else []
+                    panels = [await _panel(connection, panel) for panel in self._panels]
+                self._kept, self._read_at = (failures, panels), time.monotonic()
+            return self._kept
 
 
 async def _panel(connection: Any, panel: Panel) -> dict[str, Any]:
@@ -131,6 +150,10 @@ async def _panel(connection: Any, panel: Panel) -> dict[str, Any]:
         return {"title": panel.title, "columns": [], "rows": [], "error": type(error).__name__}
     columns = list(rows[0].keys()) if rows else []
     return {"title": panel.title, "columns": columns, "rows": [list(row.values()) for row in rows]}
+
+
+def _known(number: int) -> int | None:
+    return number if number >= 0 else None
 
 
 def _json(facts: Any, status: int = 200) -> web.Response:

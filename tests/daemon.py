@@ -10,14 +10,15 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from inspect import isawaitable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import aiohttp
 import asyncpg
@@ -25,8 +26,6 @@ import asyncpg
 from indexer.demochain import PLAY_REGISTRY, Listeners, Play
 from indexer.devchain import load_artifact
 from indexer.fakechain import FakeBlock, FakeChain, FakeLog, encode_event, event_abi
-
-T = TypeVar("T")
 
 INDEXER = Path(sys.executable).with_name("indexer")
 HOOKS = ["hooks.plays:plays", "hooks.aggregates:aggregates", "hooks.milestones:milestones"]
@@ -109,8 +108,57 @@ def _json(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+# Runs commands in processes of their own that need not import everything anew: forked, one for each line that it reads.
+_FORKS = """
+import json, os, signal, sys
+import indexer.app, indexer.config_report, indexer.demo, indexer.progress, indexer.status
+from indexer.cli import main
+for line in sys.stdin:
+    asked = json.loads(line)
+    if (child := os.fork()) == 0:
+        signal.alarm(asked["seconds"])
+        os.chdir(asked["folder"])
+        os.environ.clear()
+        os.environ.update(asked["env"])
+        for number, name in enumerate((os.devnull, *asked["files"])):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+        sys.argv = ["indexer", *asked["arguments"]]
+        main()
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Commands:
+    """Runs `indexer ...` to its end, again and again, without the second that its imports take. Killed after 30 s."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    async def __call__(self, *arguments: str, folder: Path, env: Mapping[str, str] = {}) -> Ended:
+        files = [self._folder / f"{next(_numbers)}.{name}" for name in ("out", "err")]
+        asked = {
+            "arguments": arguments, "folder": str(folder), "env": environment(env), "files": list(map(str, files)),
+            "seconds": 30,
+        }  # fmt: skip
+        code = await asyncio.to_thread(self._ask, json.dumps(asked))
+        return Ended(code, *(file.read_text() for file in files))
+
+    def _ask(self, line: str) -> int:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
 async def command(*arguments: str, folder: Path, env: Mapping[str, str] = {}, seconds: float = 60) -> Ended:
-    """Run `indexer ...` in `folder` to its end."""
+    """Run the console script to its end, as from a shell."""
     process = await asyncio.create_subprocess_exec(
         INDEXER, *arguments, cwd=folder, env=environment(env), stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -373,14 +421,3 @@ async def in_transaction(connection: asyncpg.Connection) -> None:
         )
 
     await until(writing, "a transaction of the writer")
-
-
-async def at_once(*work: Awaitable[T], limit: int = 3) -> list[T]:
-    """Await all, a few at a time: a machine of two cores starts no dozen Pythons together."""
-    gate = asyncio.Semaphore(limit)
-
-    async def one(item: Awaitable[T]) -> T:
-        async with gate:
-            return await item
-
-    return await asyncio.gather(*map(one, work))

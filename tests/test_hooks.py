@@ -456,9 +456,10 @@ async def test_the_slim_event_needs_no_configuration(owned: asyncpg.Connection) 
         (1, 7, SECONDS, "DE"), (2**63, 7, SECONDS, ""), (2, 2**256 - 1, SECONDS, "DE"), (2, 0, 2**64 - 1, "DE"),
         *[(1, 7, SECONDS + 3600, "日本")] * 10,
     ]  # fmt: skip
-    events: list[Any] = []
-    for index, values in enumerate(said):
-        known.decode(slim_log(1, index, *values), events, [])
+    logs = [slim_log(1, index, *values) for index, values in enumerate(said)]
+    decoded, quarantined = await known.blocks(logs, {1: SECONDS})
+    assert not quarantined
+    events = list(decoded[0].events)
     assert events[0].args == {"trackId": 1, "userId": 7, "playedAt": SECONDS, "country": "DE"}
     pipeline = await start(owned, hooks)
     await apply(owned, pipeline, [span([block(1, events)])])

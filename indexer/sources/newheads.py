@@ -95,7 +95,8 @@ class _Subscription:
         # importing web3 takes a second or so, which the event loop has better uses for
         web3 = await asyncio.to_thread(importlib.import_module, "web3")
         middleware = await asyncio.to_thread(importlib.import_module, "web3.middleware")
-        async with web3.AsyncWeb3(web3.WebSocketProvider(self._endpoint.ws_url.get_secret_value())) as w3:
+        url = self._endpoint.ws_url.get_secret_value()
+        async with web3.AsyncWeb3(web3.WebSocketProvider(url, max_connection_retries=1)) as w3:
             # without it, web3 can't read the headers of chains that keep signatures in extraData (BSC, Polygon)
             w3.middleware_onion.inject(middleware.ExtraDataToPOAMiddleware, layer=0)
             await w3.eth.subscribe("newHeads")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from indexer.sources.contracts import Contracts
 from indexer.sources.provider_errors import Kind, Trouble
-from indexer.sources.rpc import Endpoint, RpcTrouble
+from indexer.sources.rpc import MOST_CALLS_A_BATCH, Endpoint, RpcTrouble
 from indexer.sources.wire import Header, Log, MaybeHeader, check_header
 
-_MOST_HEADERS = 100  # in one batch
+# Headers more after each batch that went well: a limit is tried again now and then.
+_BATCH_GROWTH = 0.1
+_PAUSE_SECONDS = 0.5
 
 
 async def logs(
@@ -51,20 +54,21 @@ async def headers(endpoint: Endpoint, numbers: Sequence[int]) -> dict[int, Heade
     """The headers of many blocks, in batches as large as the node takes; raises RpcTrouble, Impossible."""
     found: dict[int, Header] = {}
     while len(found) < len(numbers):
-        some = numbers[len(found) : len(found) + endpoint.max_batch]
+        some = numbers[len(found) : len(found) + int(endpoint.max_batch)]
         if len(some) == 1:
             found[some[0]] = await header(endpoint, some[0])
             continue
         try:
             answers = await endpoint.batch("eth_getBlockByNumber", [[hex(one), False] for one in some], MaybeHeader)
         except RpcTrouble as failed:
-            if failed.declined:
-                endpoint.max_batch = max(1, len(some) // 2)
-            if not failed.declined or failed.trouble.kind in (Kind.RATE_LIMITED, Kind.BILLING, Kind.BEHIND):
+            if not failed.declined or failed.trouble.kind in (Kind.BILLING, Kind.BEHIND):
                 raise
+            endpoint.max_batch = max(1.0, len(some) / 2)
+            if failed.trouble.kind is Kind.RATE_LIMITED:  # each call of a batch may count, and be too many at once
+                await asyncio.sleep(failed.trouble.retry_after or _PAUSE_SECONDS)
             continue
         found |= {number: _there(endpoint, number, one) for number, one in zip(some, answers, strict=True)}
-        endpoint.max_batch = min(endpoint.max_batch + 1, _MOST_HEADERS)
+        endpoint.max_batch = min(endpoint.max_batch + _BATCH_GROWTH, MOST_CALLS_A_BATCH)
     return found
 
 

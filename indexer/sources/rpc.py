@@ -23,7 +23,7 @@ T = TypeVar("T")
 _OUTCOMES = {Kind.RANGE: "range", Kind.ADDRESSES: "range", Kind.RATE_LIMITED: "rate_limited"}
 # Light questions, whose answer takes the same time whatever we are busy with; the others would not compare.
 _MEASURED = frozenset({"eth_chainId", "eth_blockNumber", "eth_getBlockByNumber"})
-_MOST_CALLS_A_BATCH = 100  # what providers commonly take
+MOST_CALLS_A_BATCH = 100  # what providers commonly take
 _KEPT_HEADERS = 16
 _FRESH_SECONDS = 5.0
 _SHORTEST_KEY = 8
@@ -89,7 +89,7 @@ class Endpoint:
         self.newest = -1
         self.max_blocks: int | None = None
         self.max_addresses: int | None = None
-        self.max_batch = _MOST_CALLS_A_BATCH
+        self.max_batch = float(MOST_CALLS_A_BATCH)
         # health; one that is doubted has failed and not done anything since
         self.rested_at = self.rested_until = 0.0
         self.failures = 0

@@ -1,0 +1,92 @@
+"""What is written about the code is held equal to it: the README's tables, the layers of the design, the examples."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from pathlib import Path
+
+from reference import README, rendered
+
+from indexer.config import Settings
+
+ROOT = README.parent
+
+# A file imports only from lines above it. Names of one line may know each other.
+LAYERS = """
+errors version
+model
+config settings_fields settings_errors settings_sources config_report
+log metrics
+binaries embedded db migrations
+ledger
+transaction
+registry
+pipeline state
+sources fakechain devchain
+follow
+web progress
+app
+status demochain
+demo
+cli
+""".split("\n")
+
+
+def _layer_of(module: str) -> int | None:
+    name = module.removeprefix("indexer.").partition(".")[0]
+    return next((n for n, line in enumerate(LAYERS) if name in line.split()), None)
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules imported when `path` is, or while it runs; those for type checkers alone don't count."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names if node.module == "indexer")
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return found
+
+
+def test_readme_tables_are_those_of_the_code() -> None:
+    text = README.read_text()
+    assert text == rendered(text), "run: .venv/bin/python tests/reference.py"
+
+
+def test_readme_example_is_a_valid_configuration() -> None:
+    example = README.read_text().split("```toml\n")[1].split("```")[0]
+    settings = Settings(**tomllib.loads(example))
+    assert settings.contracts[0].start_block == 19_000_000
+
+
+def test_every_file_imports_only_from_the_lines_above_it() -> None:
+    for path in sorted((ROOT / "indexer").rglob("*.py")):
+        parts = path.relative_to(ROOT / "indexer").with_suffix("").parts
+        if parts[0] == "__init__":
+            continue
+        own = _layer_of(parts[0])
+        assert own is not None, f"{path.name} has no line in LAYERS"
+        for module in _imports(path):
+            if module.startswith("indexer."):
+                other = _layer_of(module)
+                assert other is not None, f"{path.name} imports {module}, which has no line"
+                assert other <= own, f"{path.name} must not import {module}"
+
+
+def test_hooks_import_only_indexer() -> None:
+    for path in sorted((ROOT / "hooks").glob("*.py")):
+        for module in _imports(path):
+            ours = module.startswith("indexer.") and not hasattr(__import__("indexer"), module.partition(".")[2])
+            assert not ours, f"{path.name} imports {module}: hooks have no private door"
+            assert module.partition(".")[0] not in ("web3", "eth_abi", "eth_utils", "aiohttp", "asyncpg"), path.name
