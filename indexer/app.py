@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import asyncpg
 
@@ -75,6 +76,39 @@ async def migrate_database(database: Database, hooks: Sequence[Registered], *, d
     finally:
         await connection.close()
     return [f"{one.line}/{one.name}" for one in applied]
+
+
+class Parts(NamedTuple):
+    """What the commands work with that stand beside a daemon."""
+
+    hooks: tuple[Registered, ...]
+    source: EvmSource
+    database: Database
+    chain: ledger.ChainRow
+
+
+@asynccontextmanager
+async def opened(settings: Settings, *, ask_node: bool) -> AsyncIterator[Parts]:
+    """The parts of an indexed chain, for a command that stands beside its daemon; `ask_node` if it needs blocks.
+
+    Raises UsageError where the database does not know the chain, WrongNetwork where the node answers for another.
+    """
+    hooks = registry.load_hooks(settings.hooks)
+    async with AsyncExitStack() as stack:
+        database = await stack.enter_async_context(open_database(settings))
+        async with database.acquire() as connection:
+            try:
+                chain = await ledger.find_chain(connection, settings.chain.name)
+            except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
+                chain = None
+        if chain is None:
+            raise UsageError(f"this database knows no chain {settings.chain.name}: start it with `indexer run`")
+        source = make_source(settings)
+        stack.push_async_callback(source.close)
+        registry.check_events(hooks, source.contracts.events)
+        if ask_node and (identity := await source.identity()) != chain.identity:
+            raise WrongNetwork(f"chain {chain.name} is {chain.identity} here, but the node answers for {identity}")
+        yield Parts(hooks, source, database, chain)
 
 
 async def run(settings: Settings, *, started: Callable[[State, Web], None] | None = None) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from indexer import cli_recovery
 from indexer.errors import HookLoadError, IndexerError
 
 if TYPE_CHECKING:
@@ -142,6 +143,9 @@ def demo(
 
 # Typer shows its usage errors in a box of several lines; their class is public only as the base of this one.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+app.add_typer(cli_recovery.app)
 
 
 def main() -> None:

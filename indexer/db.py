@@ -39,7 +39,8 @@ def is_transient(error: BaseException) -> bool:
         return (error.sqlstate or "")[:2] in _TRANSIENT_CLASSES or (error.sqlstate == "25P03")
     if isinstance(error, asyncpg.InterfaceError):
         return "connection" in str(error)
-    return isinstance(error, (OSError, TimeoutError))
+    # asyncpg loses its place where the server has ended the session while we did not look: a leader that was paused
+    return isinstance(error, (OSError, TimeoutError, asyncpg.InternalClientError))
 
 
 def _refused(error: BaseException) -> IndexerError | None:

@@ -165,15 +165,16 @@ def _closed(range_: asyncpg.Range[int]) -> tuple[int, int]:
 
 
 async def remember(connection: Connection, chain: int, span: Span, final: int) -> None:
-    """Keep the refs of blocks that may still be reorganised, and forget those that no longer can."""
-    await connection.executemany(
+    """Keep the ref of the span's end, which may still be reorganised, and forget those that no longer can."""
+    parent_hash = span.blocks[-1].parent_hash if span.blocks and span.blocks[-1].number == span.last else None
+    await connection.execute(
         """
         insert into indexer.block (chain, number, hash, parent_hash, block_time) values ($1, $2, $3, $4, $5)
         on conflict (chain, number) do update
         set hash = excluded.hash, parent_hash = excluded.parent_hash, block_time = excluded.block_time
         """,
-        [(chain, block.number, block.hash, block.parent_hash, moment(block.timestamp)) for block in span.blocks],
-    )
+        chain, span.end.number, span.end.hash, parent_hash, moment(span.end_timestamp),
+    )  # fmt: skip
     # the final block itself stays: a fork's common ancestor may be it
     await connection.execute("delete from indexer.block where chain = $1 and number < $2", chain, final)
     await connection.execute("delete from indexer.journal where chain = $1 and number <= $2", chain, final)
@@ -260,6 +261,58 @@ async def rewind(connection: Connection, chain: int, at: BlockRef, to: BlockRef)
         chain, to.number + 1,
     )  # fmt: skip
     return rows
+
+
+async def entangled(connection: Connection, chain: int, number: int) -> bool:
+    """Whether a row that this transaction touched, journalled under block `number`, was touched by a later block too:
+    undoing that block would then undo this transaction's part of the row as well."""
+    return bool(
+        await connection.fetchval(
+            """
+            select exists (
+                select from indexer.journal as ours
+                join indexer.journal as later using (chain, relation, key)
+                where ours.chain = $1 and ours.number = $2 and later.number > $2
+            )
+            """,
+            chain, number,
+        )
+    )  # fmt: skip
+
+
+async def forget_journal(connection: Connection, chain: int, number: int) -> None:
+    """Drop the entries up to block `number`: it is final, and nothing will ask for them."""
+    await connection.execute("delete from indexer.journal where chain = $1 and number <= $2", chain, number)
+
+
+async def changes(connection: Connection, chain: int, number: int) -> dict[str, list[tuple[Any, Any]]]:
+    """What this transaction, journalled under block `number`, did: by table the rows (before, after) as JSON texts."""
+    relations = await connection.fetch(
+        """
+        select distinct relation, relation::regclass::text as name from indexer.journal
+        where chain = $1 and number = $2 order by name
+        """,
+        chain, number,
+    )  # fmt: skip
+    found: dict[str, list[tuple[Any, Any]]] = {}
+    for relation in relations:
+        rows = await connection.fetch(
+            "select before::text, after::text from indexer.changes($1::smallint, $2, $3::oid::regclass)",
+            chain, number, relation["relation"],
+        )  # fmt: skip
+        found[relation["name"]] = [(row["before"], row["after"]) for row in rows if row["before"] != row["after"]]
+    return found
+
+
+async def lock_replays(connection: Connection, chain: int) -> bool:
+    """Take the right to replay on this chain for as long as the connection lives; False where another replay runs."""
+    return bool(await connection.fetchval("select pg_try_advisory_lock(hashtext('indexer.replay'), $1)", chain))
+
+
+async def failure(connection: Connection, chain: int, id_: int) -> dict[str, Any] | None:
+    """One failure with its traceback; None where there is none of that number."""
+    row = await connection.fetchrow("select * from indexer.failure where chain = $1 and id = $2", chain, id_)
+    return dict(row) if row else None
 
 
 async def quarantine(connection: Connection, chain: int, logs: Sequence[Quarantined]) -> None:

@@ -33,6 +33,21 @@ def configure(settings: LogSettings, stream: TextIO | None = None) -> None:
         logger_factory=structlog.PrintLoggerFactory(stream),
         cache_logger_on_first_use=False,
     )
+    logging.basicConfig(level=logging.WARNING, handlers=[_Libraries()], force=True)
+
+
+class _Libraries(logging.Handler):
+    """What libraries log in their own way (asyncpg's pool, asyncio) as one event a line, too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        fields: dict[str, Any] = {"logger": record.name, "message": record.getMessage()}
+        if error is not None:
+            fields["error"] = f"{type(error).__name__}: {error}"
+        if record.levelno >= logging.ERROR:
+            get().error("library", **fields, exc_info=error)
+        else:
+            get().warning("library", **fields)
 
 
 def get() -> Any:

@@ -31,7 +31,7 @@ class Pipeline:
     def __init__(self, chain: ledger.ChainRow, hooks: Sequence[Registered], leader: str) -> None:
         self.chain, self.hooks, self.leader = chain, tuple(hooks), leader
         self.halted_at: int | None = None  # the block at which an earlier run halted, until it is passed
-        self._tables = sorted({table for one in self.hooks for table in one.hook.tables})
+        self.tables = sorted({table for one in self.hooks for table in one.hook.tables})
         self._look_at_each = False  # after each hook, which one writes where it should not
 
     async def apply(
@@ -60,17 +60,17 @@ class Pipeline:
         started = time.perf_counter()
         tx = Tx(connection, self.chain.id)
         failures: list[HookFailed] = []
-        async with _transaction(connection):
+        async with transaction(connection):
             await ledger.advance(connection, self.chain.id, at, span, pace, self.leader)
             if not span.final:
                 await ledger.journal_from(connection, self.chain.id, span.last)
-            before = await ledger.writes_elsewhere(connection, self._tables)
+            before = await ledger.writes_elsewhere(connection, self.tables)
             covered = await self._run_hooks(tx, connection, span, failures, before)
-            await self._check_declared(connection, before)
+            await self.check_declared(connection, before)
             await ledger.cover(connection, self.chain.id, covered, span.first, span.last)
             if failures:
                 await self._cover_around(connection, span, covered)
-            if not span.final:
+            if span.last >= pace.heads.final:  # the final block itself is kept as well: a fork may begin there
                 await ledger.remember(connection, self.chain.id, span, pace.heads.final)
             if span.quarantined:
                 await ledger.quarantine(connection, self.chain.id, span.quarantined)
@@ -82,7 +82,7 @@ class Pipeline:
         done = time.perf_counter()
         metrics.span_seconds.labels("apply").observe(applied - started)
         metrics.span_seconds.labels("commit").observe(done - applied)
-        self._publish(tx, span, failures)
+        self.publish(tx, span, failures)
         if self.halted_at is not None and span.last >= self.halted_at:
             self.halted_at = None
             metrics.halted.clear()
@@ -90,7 +90,7 @@ class Pipeline:
 
     async def undo(self, connection: Connection, at: BlockRef, to: BlockRef) -> int:
         """Undo the blocks after `to`, in one transaction with the cursor; returns the rows brought back."""
-        async with _transaction(connection):
+        async with transaction(connection):
             rows = await ledger.rewind(connection, self.chain.id, at, to)
         name = self.chain.name
         metrics.reorgs_total.labels(name).inc()
@@ -108,9 +108,9 @@ class Pipeline:
                 holes.add(one.name)  # what it builds on is missing here, so its part is a hole as well
                 continue
             try:
-                await self._run_hook(one, tx, connection, span)
+                await self.run_hook(one, tx, connection, span)
                 if self._look_at_each:
-                    await self._check_declared(connection, before)
+                    await self.check_declared(connection, before)
             except UndeclaredTable as error:
                 raise HookFailed(one.name, span.first, span.last, error) from error
             except HookFailed as failed:
@@ -122,12 +122,12 @@ class Pipeline:
                 covered.append(one.name)
         return covered
 
-    async def _check_declared(self, connection: Connection, before: Mapping[str, int]) -> None:
+    async def check_declared(self, connection: Connection, before: Mapping[str, int]) -> None:
         """Only rows of declared tables are journalled, so a write elsewhere is an error at once, not at the first fork.
 
         Postgres' own counts of this transaction show it: whatever the way, by a trigger or a function too.
         """
-        after = await ledger.writes_elsewhere(connection, self._tables)
+        after = await ledger.writes_elsewhere(connection, self.tables)
         wrong = [table for table, rows in after.items() if rows > before.get(table, 0)]
         if wrong:
             raise UndeclaredTable(f"it wrote the table {wrong[0]}, which no hook declares: add it to the hook's tables")
@@ -140,7 +140,8 @@ class Pipeline:
             if first <= last:
                 await ledger.cover(connection, self.chain.id, holes, first, last)
 
-    async def _run_hook(self, one: Registered, tx: Tx, connection: Connection, span: Span) -> None:
+    async def run_hook(self, one: Registered, tx: Tx, connection: Connection, span: Span) -> None:
+        """Run one hook on the blocks that it listens to; raises HookFailed once its policy's retries are used up."""
         # a hook that listens to no event in particular works on what earlier hooks inserted: it gets every block
         names = {spec.name for spec in one.hook.listens}
         blocks = heard(span.blocks, names) if names else span.blocks
@@ -168,16 +169,20 @@ class Pipeline:
                 break
         metrics.hook_seconds.labels(one.name).observe(time.perf_counter() - started)
 
-    def _publish(self, tx: Tx, span: Span, failures: Sequence[HookFailed]) -> None:
+    def publish_rows(self, tx: Tx) -> None:
+        """Metrics of the rows that a committed transaction wrote and passed over."""
+        for (table, op), count in tx.written.items():
+            metrics.rows_total.labels(table, op).inc(count)
+        for (hook, reason), count in tx.skipped.items():
+            metrics.skipped_total.labels(hook, reason).inc(count)
+
+    def publish(self, tx: Tx, span: Span, failures: Sequence[HookFailed]) -> None:
         """Metrics of what is committed now, and of nothing else."""
         name = self.chain.name
         metrics.blocks_total.labels(name).inc(span.last - span.first + 1)
         metrics.events_total.labels(name).inc(span.events)
         metrics.spans_total.labels(name).inc()
-        for (table, op), count in tx.written.items():
-            metrics.rows_total.labels(table, op).inc(count)
-        for (hook, reason), count in tx.skipped.items():
-            metrics.skipped_total.labels(hook, reason).inc(count)
+        self.publish_rows(tx)
         for log in span.quarantined:
             metrics.quarantined_total.labels("source", log.error.split(":")[0][:40]).inc()
         for failed in failures:
@@ -203,7 +208,8 @@ async def _run(one: Hook, tx: Tx, blocks: Sequence[Block]) -> None:
 
 
 @asynccontextmanager
-async def _transaction(connection: Connection) -> AsyncIterator[None]:
+async def transaction(connection: Connection) -> AsyncIterator[None]:
+    """A transaction whose troubles with the database are DatabaseUnavailable."""
     with translated():
         async with connection.transaction():
             yield

@@ -49,6 +49,7 @@ class Tx:
         self.skipped: Counter[tuple[str, str]] = Counter()
         self.written: Counter[tuple[str, str]] = Counter()
         self.hook = ""
+        self.recalling = False
         # the error of the last statement, if it failed: a hook that catches it has a broken transaction all the same
         self.trouble: Exception | None = None
 
@@ -60,7 +61,9 @@ class Tx:
         except asyncpg.InFailedSQLTransactionError as error:
             raise error from self.trouble
         except (asyncpg.PostgresError, DatabaseUnavailable) as error:
-            self.trouble = error
+            # an argument that does not fit is refused before it is sent, without a severity: the transaction is whole
+            if not isinstance(error, asyncpg.DataError) or getattr(error, "severity", None):
+                self.trouble = error
             raise
         # after an error Postgres takes no statement but one that rolls back to a savepoint: then all is well again
         self.trouble = None
@@ -89,11 +92,14 @@ class Tx:
 
         `key` names the columns of the unique constraint by which a record is known. A record that meets any unique
         constraint of the table is passed over (`on conflict do nothing`). Returns the rows really inserted, in the
-        order given.
+        order given. While the engine recalls an earlier hook's rows for a replay, nothing is inserted and the rows
+        that are there already come back.
         """
         new: Sequence[Row] = records
-        if records and not await self._copied(table, columns, records):
-            new = await self._insert_guarded(table, columns, records, key)
+        if records and self.recalling:
+            new = await self._by_key(table, columns, records, key, insert=False)
+        elif records and not await self._copied(table, columns, records):
+            new = await self._by_key(table, columns, records, key, insert=True)
         remembered = self._inserted.setdefault(table, Rows(columns))
         if remembered.columns != tuple(columns):
             raise ValueError(f"{table}: a span inserts with one list of columns; {columns} is a second one")
@@ -111,17 +117,19 @@ class Tx:
                 return False
         return True
 
-    async def _insert_guarded(
-        self, table: str, columns: Sequence[str], records: Sequence[Row], key: Sequence[str]
+    async def _by_key(
+        self, table: str, columns: Sequence[str], records: Sequence[Row], key: Sequence[str], *, insert: bool
     ) -> list[Row]:
+        """Insert those records whose key is not there yet, or just find those whose key is; returns these records."""
         # Postgres itself writes the statements (format with %I), so that no name is pasted into SQL here.
         with self._statement():
-            create, insert, drop = await self._connection.fetchrow(  # type: ignore[misc]
+            create, insert_new, find_present, drop = await self._connection.fetchrow(  # type: ignore[misc]
                 """
                 select format('create temporary table indexer_rows on commit drop as select %s from %I with no data',
                               cols, tbl),
                        format('insert into %I (%s) select %s from indexer_rows on conflict do nothing returning %s',
                               tbl, cols, cols, keys),
+                       format('select %s from indexer_rows join %I using (%s)', keys, tbl, keys),
                        'drop table indexer_rows'
                 from (select $1::text as tbl,
                              (select string_agg(quote_ident(c), ', ' order by n)
@@ -133,7 +141,8 @@ class Tx:
             )  # fmt: skip
             await self._connection.execute(create)
             await self._connection.copy_records_to_table("indexer_rows", records=records, columns=list(columns))
-            fresh = Counter(tuple(row) for row in await self._connection.fetch(insert))
+            found = await self._connection.fetch(insert_new if insert else find_present)
+            fresh = Counter(tuple(row) for row in found)
             await self._connection.execute(drop)
         places = [list(columns).index(column) for column in key]
         new = []

@@ -128,3 +128,22 @@ begin
     return touched;
 end
 $$;
+
+-- What this transaction did to a table's rows, as journalled under block `at_number`: each row before and after.
+create function indexer.changes(of_chain smallint, at_number bigint, target regclass)
+returns table (key jsonb, before jsonb, after jsonb) language plpgsql as $$
+declare
+    same_key text;
+begin
+    select string_agg(format('present.%1$I = touched.%1$I', attname), ' and ')
+    into same_key
+    from pg_constraint join pg_attribute on attrelid = conrelid and attnum = any(conkey)
+    where conrelid = target and contype = 'p';
+    return query execute format(
+        'select old.key, old.before, (select to_jsonb(indexer_present_row) from %1$s as indexer_present_row, '
+        'lateral (select (jsonb_populate_record(null::%1$s, old.key)).*) as touched where %2$s) '
+        'from (select distinct on (key) key, before from indexer.journal '
+        'where chain = $1 and number = $2 and relation = $3 order by key, id) as old',
+        target, replace(same_key, 'present.', 'indexer_present_row.')) using of_chain, at_number, target::oid;
+end
+$$;

@@ -44,7 +44,7 @@ from indexer.config import Settings as Parsed
 from indexer.demochain import PLAY_REGISTRY, Listeners
 from indexer.devchain import Anvil, DevClient, encode_call, find_anvil, load_artifact
 from indexer.embedded import EmbeddedPostgres
-from indexer.fakechain import FakeNode, slow
+from indexer.fakechain import FakeChain, FakeNode, slow
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -55,6 +55,12 @@ SLIM = Path(__file__).parent / "contracts" / "slim_registry.json"
 def catching_up(database_url: str, node_url: str) -> Settings:
     """Settings that make many transactions of a short chain."""
     return settings(database_url, node_url, span={"max_events": 10, "max_blocks": 3})
+
+
+def mine_many(chain: FakeChain, blocks: int = 30) -> list[Placed]:
+    """Work for a while, at the head of the chain."""
+    people = Listeners(chain.head.number)
+    return [one for _ in range(blocks) for one in mine(chain, people.plays(4, 1_700_000_000))]
 
 
 async def assert_right(connection: asyncpg.Connection, plays: list[Placed]) -> None:
@@ -160,7 +166,7 @@ async def test_a_slim_event_by_configuration_alone(
             await daemon.reached(connection, 3)
             rows = await connection.fetch(
                 """
-                select user_id, play_item_id, extract(epoch from created_at)::bigint as at, slot, signature, city, country
+                select user_id, play_item_id, extract(epoch from created_at)::bigint, slot, signature, city, country
                 from plays order by id
                 """
             )
@@ -225,7 +231,7 @@ async def test_kill_9_in_the_middle_of_transactions(
 async def test_two_daemons_and_the_leader_is_killed(
     connection: asyncpg.Connection, database_url: str, tmp_path: Path
 ) -> None:
-    chain, plays = history(150)
+    chain, plays = history(60)
     async with FakeNode(chain) as node:
         values = catching_up(database_url, node.url)
         await dawdle(connection, 0.05)
@@ -236,6 +242,8 @@ async def test_two_daemons_and_the_leader_is_killed(
                 status, ready = await standby.get_json("readyz")
                 assert (status, ready["role"], ready["ready"]) == (200, "standby", True)
                 assert (await leader.get_json("readyz"))[1]["role"] == "leader"
+                await leader.reached(connection, 60)
+                plays += mine_many(chain)
                 await in_transaction(connection)
                 await leader.kill()
                 killed = time.monotonic()
@@ -243,7 +251,7 @@ async def test_two_daemons_and_the_leader_is_killed(
                 assert time.monotonic() - killed < 10
                 await connection.execute("drop trigger dawdle on plays")
                 plays += mine(chain, Listeners(9).plays(4, 1_700_000_000))
-                await standby.reached(connection, 151)
+                await standby.reached(connection, chain.head.number)
                 assert (await standby.get_json("readyz"))[1]["role"] == "leader"
                 await assert_right(connection, plays)
                 assert await standby.stop() == 0
@@ -261,12 +269,15 @@ async def test_a_paused_leader_finds_itself_replaced(
             await paused.logged("leader acquired")
             async with Daemon(tmp_path, values) as standby:
                 await standby.logged("standing by")
-                await (paused.reached(connection, 60) if at_head else in_transaction(connection))
+                await paused.reached(connection, 60)
+                if not at_head:
+                    plays += mine_many(chain)
+                    await in_transaction(connection)
                 paused.send(signal.SIGSTOP)
                 stopped = time.monotonic()
                 await standby.logged("leader acquired", seconds=15)
                 plays += mine(chain, Listeners(9).plays(4, 1_700_000_000))
-                await standby.reached(connection, 61)
+                await standby.reached(connection, chain.head.number)
                 await asyncio.sleep(max(0.0, stopped + 8.5 - time.monotonic()))
                 since = len(paused.log)
                 paused.send(signal.SIGCONT)
@@ -278,13 +289,13 @@ async def test_a_paused_leader_finds_itself_replaced(
                 told = [line["event"] for line in paused.log[since:] if line["level"] == "warning"]
                 assert told and told[0] in ("database unavailable", "leadership lost")
                 plays += mine(chain, Listeners(11).plays(4, 1_700_000_000))
-                await standby.reached(connection, 62)
+                await standby.reached(connection, chain.head.number)
                 await assert_right(connection, plays)
                 # and once more the other way round
                 assert await standby.stop() == 0
                 await paused.logged("leader acquired", since=since)
                 plays += mine(chain, Listeners(12).plays(4, 1_700_000_000))
-                await paused.reached(connection, 63)
+                await paused.reached(connection, chain.head.number)
                 await assert_right(connection, plays)
 
 
@@ -293,7 +304,7 @@ async def test_signals_end_it_at_once_and_in_order(
     number: int, connection: asyncpg.Connection, database_url: str, tmp_path: Path
 ) -> None:
     """While catching up, as a standby, at the head, and while the node does not answer: code 0 within 5 seconds."""
-    chain, plays = history(100)
+    chain, plays = history(60)
     async with FakeNode(chain) as node:
         values = catching_up(database_url, node.url)
         await dawdle(connection, 0.1)
@@ -302,26 +313,27 @@ async def test_signals_end_it_at_once_and_in_order(
             leading, standby = (leader, other) if leader.find("leader acquired") else (other, leader)
             await standby.logged("standing by")
             assert await standby.stop(number) == 0
+            plays += mine_many(chain)
             await in_transaction(connection)
             assert await leading.stop(number) == 0
             assert leading.log[-1]["event"] == "stopped" and leading.other == []
-            assert await cursor(connection) < 100
+            assert await cursor(connection) < chain.head.number
         await connection.execute("drop trigger dawdle on plays")
         async with Daemon(tmp_path, values) as daemon:
-            await daemon.reached(connection, 100)
+            await daemon.reached(connection, chain.head.number)
             assert await daemon.stop(number) == 0
             assert daemon.log[-1]["event"] == "stopped" and daemon.other == []
         await assert_right(connection, plays)
         async with Daemon(tmp_path, values) as daemon:
             await daemon.logged("leader acquired")
             node.faults.append(slow(60, None))
-            asked = node.requests["eth_blockNumber"]
-            await until(lambda: node.requests["eth_blockNumber"] > asked, "a request that hangs")
+            asked = node.http_requests
+            await until(lambda: node.http_requests > asked, "a request that hangs")
             assert await daemon.stop(number) == 0
             assert daemon.other == []
         async with Daemon(tmp_path, values) as daemon:  # it can't even start: the node hangs from the beginning
-            asked = node.requests["eth_chainId"]
-            await until(lambda: node.requests["eth_chainId"] > asked, "a request that hangs")
+            asked = node.http_requests
+            await until(lambda: node.http_requests > asked, "a request that hangs")
             assert await daemon.stop(number) == 0
             assert daemon.other == []
 
@@ -371,9 +383,7 @@ async def test_postgres_stops_and_starts_again(short_folder: Path, tmp_path: Pat
             await connection.close()
 
 
-async def test_the_node_goes_away_for_a_while(
-    connection: asyncpg.Connection, database_url: str, tmp_path: Path
-) -> None:
+async def test_the_node_goes_away_twice(connection: asyncpg.Connection, database_url: str, tmp_path: Path) -> None:
     chain, plays = history(100)
     async with FakeNode(chain) as node:
         await dawdle(connection, 0.03)

@@ -24,12 +24,12 @@ transaction
 registry
 pipeline state
 sources fakechain devchain
-follow
+follow replay
 web progress
 app
 status demochain
 demo
-cli
+cli cli_recovery
 """.split("\n")
 
 

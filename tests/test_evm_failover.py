@@ -29,20 +29,6 @@ pytestmark = pytest.mark.usefixtures("hasty")
 __all__ = ["hasty"]
 
 
-def unmixed(first: FakeNode, second: FakeNode, spans: list[Span]) -> None:
-    """Nothing of a block above finality, and no range, was put together from two nodes.
-
-    Both nodes' chains differ in their transactions' hashes, so a mixture would show; here it is looked for in what was asked: logs by hash
-    only from the node that gave the header.
-    """
-    for node in (first, second):
-        shown = {hex(n) for n in range(10_000)}
-        for method, params in node.log:
-            if method == "eth_getLogs" and "blockHash" in params[0]:
-                number = node.chain.by_hash(params[0]["blockHash"])
-                assert number is not None and hex(number.number) in shown
-
-
 FAULTS: list[tuple[str, Callable[[], FaultSource]]] = [
     ("connection", lambda: http_error(502, None, b"bad gateway")),
     ("garbage", lambda: garbage(None)),
@@ -51,7 +37,6 @@ FAULTS: list[tuple[str, Callable[[], FaultSource]]] = [
     ("billing", lambda: http_error(402, None, b"Payment Required")),
     ("forbidden", lambda: http_error(403, None, b"invalid key")),
     ("lags", lambda: old_head(150)),
-    ("wrong-chain", lambda: wrong_chain(5)),
     ("nulls", lambda: null_blocks(None)),
     ("null-results", lambda: fails(None, Fault(result=None))),
     ("not-found", lambda: http_error(404, None, b"Not Found")),
@@ -59,8 +44,8 @@ FAULTS: list[tuple[str, Callable[[], FaultSource]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", [row[1] for row in FAULTS], ids=[row[0] for row in FAULTS])
 @pytest.mark.parametrize("after", [0, 12])
+@pytest.mark.parametrize("fault", [row[1] for row in FAULTS], ids=[row[0] for row in FAULTS])
 async def test_one_that_fails_is_replaced_by_the_other(fault: Callable[[], FaultSource], after: int) -> None:
     """From the start, and in the middle of the work."""
     chain = chain_of([n % 4 for n in range(300)], final_lag=30)
@@ -71,8 +56,7 @@ async def test_one_that_fails_is_replaced_by_the_other(fault: Callable[[], Fault
             spans = await collected(source, 0, 300)
             assert_whole(spans, chain, 0, 300)
             assert good.requests["eth_getLogs"] > 10
-        if fault not in (FAULTS[6][1], FAULTS[8][1]):
-            assert bad.requests["eth_getLogs"] < 30
+        assert bad.requests["eth_getLogs"] < 80
 
 
 async def test_an_endpoint_that_is_gone_is_used_again_when_it_is_back() -> None:

@@ -370,6 +370,12 @@ async def test_every_threshold_is_reached_exactly_once(owned: asyncpg.Connection
     assert await owned.fetchval("select count(*) from notification") == len(MILESTONES)
 
 
+async def test_a_total_that_had_reached_it_before_does_not_reach_it_again(owned: asyncpg.Connection) -> None:
+    await owned.execute("insert into aggregate_plays values (1, 10)")
+    await apply(owned, await start(owned), [span([block(1, plays(*[{}] * 14))])])
+    assert await owned.fetch("select * from milestones") == []
+
+
 async def test_a_milestone_that_another_writer_announced_is_not_announced_again(owned: asyncpg.Connection) -> None:
     await owned.execute("insert into milestones values (1, 'LISTEN_COUNT', 10, 316000000, 'epoch')")
     await apply(owned, await start(owned), [span([block(1, plays(*[{}] * 25))])])

@@ -463,6 +463,20 @@ class TestTheDatabasesTroubles:
                 await bench.apply(pipeline, span(numbered(1)))
             await bench.nothing_happened()
 
+    async def test_an_argument_that_is_refused_before_it_is_sent_breaks_nothing(self, bench: Bench) -> None:
+        async def careless(tx: Tx) -> None:
+            with pytest.raises(asyncpg.DataError):
+                await tx.execute("insert into locks values ($1)", "three")
+
+        await bench.apply(bench.pipeline(Recorder("first", {1: careless})), span(numbered(1)))
+        assert await bench.seen() == [("first", 1)]
+
+    @pytest.mark.parametrize("statement", ["select 'three'::int", "insert into locks values (1)"])
+    async def test_one_that_the_server_refuses_does(self, bench: Bench, statement: str) -> None:
+        hook = Recorder("first", {1: in_manner(sql(statement), "passes over it")})
+        with pytest.raises(HookFailed, match="hook first failed at block 1"):
+            await bench.apply(bench.pipeline(hook, Recorder("second")), span(numbered(1)))
+
     async def test_a_hook_may_come_back_to_its_own_savepoint(self, bench: Bench) -> None:
         async def careful(tx: Tx) -> None:
             await tx.execute("savepoint mine")

@@ -39,7 +39,7 @@ MaybeHeader = cast("type[Header | None]", Header | None)
 
 
 class Impossible(ValueError):
-    """What a node said can't be so. The text says what, in a few words."""
+    """What a node said can't be so. The text says what, in a few words that are ours."""
 
 
 def quantity(text: str) -> int:
@@ -47,7 +47,7 @@ def quantity(text: str) -> int:
     try:
         return int(text, 16)
     except ValueError:
-        raise Impossible(f"no number: {text[:20]!r}") from None
+        raise Impossible("no number where one belongs") from None
 
 
 def to_bytes(text: str) -> bytes:
@@ -57,7 +57,7 @@ def to_bytes(text: str) -> bytes:
 def check_header(header: Header, number: int | None = None) -> None:
     """The header must be readable and of the block asked for; raises Impossible."""
     if number is not None and quantity(header.number) != number:
-        raise Impossible(f"block {header.number[:20]} for block {number}")
+        raise Impossible(f"block {quantity(header.number)} for block {number}")
     for text in (header.number, header.timestamp, header.logs_bloom, header.hash, header.parent_hash):
         quantity(text)
     _check_hash(header.hash)
@@ -66,7 +66,7 @@ def check_header(header: Header, number: int | None = None) -> None:
 
 def _check_hash(text: str) -> None:
     if len(text) != _HASH_LENGTH or text[:2] != "0x":
-        raise Impossible(f"no hash: {text[:20]!r}")
+        raise Impossible("no hash where one belongs")
 
 
 def in_order(logs: list[Log], first: int, last: int) -> list[Log]:
