@@ -49,7 +49,7 @@ enabled = ["hooks.plays:plays", "hooks.aggregates:aggregates", "hooks.milestones
 port = 0
 [log]
 format = "json"
-level = "warning"
+level = "error"
 """
 
 

@@ -7,12 +7,43 @@ from collections.abc import Sequence
 from datetime import date
 from typing import TypeVar
 
-from indexer import Block, EventSpec, Panel, Tx, sql_folder
+from indexer import Block, Derived, EventSpec, Panel, Tx, sql_folder
 
 K = TypeVar("K")
 
 # The country is part of a key, and a btree refuses keys of more than 2,700 bytes; the play itself keeps it whole.
 COUNTRY_CHARACTERS = 200
+
+# Another writer's plays (chain is null) are not ours to count. But its counts may be in the same tables.
+_SHARED = "select exists (select from plays where chain is null)"
+
+DERIVED = (
+    Derived(
+        "aggregate_plays",
+        "select play_item_id, count(*) as count from plays where chain is not null group by play_item_id",
+        base=("plays",),
+        shared=_SHARED,
+    ),
+    Derived(
+        "aggregate_monthly_plays",
+        """
+        select play_item_id, date_trunc('month', created_at)::date as timestamp, left(country, 200) as country,
+               count(*) as count
+        from plays where chain is not null group by 1, 2, 3
+        """,
+        base=("plays",),
+        shared=_SHARED,
+    ),
+    Derived(
+        "hourly_play_counts",
+        """
+        select date_trunc('hour', created_at) as hourly_timestamp, count(*) as play_count
+        from plays where chain is not null group by 1
+        """,
+        base=("plays",),
+        shared=_SHARED,
+    ),
+)
 
 
 class Aggregates:
@@ -23,6 +54,7 @@ class Aggregates:
     tables = ("aggregate_plays", "aggregate_monthly_plays", "hourly_play_counts")
     after = ("plays",)
     migrations = ("plays", sql_folder("plays"))
+    derived = DERIVED
     panels = (
         Panel(
             "Top tracks",

@@ -7,23 +7,47 @@ from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
 
-from indexer import Block, EventSpec, Panel, Tx, sql_folder
+from indexer import Block, Derived, EventSpec, Panel, Tx, sql_folder
 
 THRESHOLDS = (
     10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000,
 )  # fmt: skip
 
+# In chain order: a chain that was begun later comes later, and the plays of a block were inserted in their order. Where
+# old blocks were filled in later, plays did not come in by this order: a rebuild then moves milestones to those plays
+# that reached them on the chain.
+DERIVED = Derived(
+    "milestones",
+    """
+    select play_item_id as id, 'LISTEN_COUNT' as name, total as threshold, slot, created_at as timestamp
+    from (
+        select play_item_id, slot, created_at,
+               row_number() over (partition by play_item_id order by chain, slot, id) as total
+        from plays where chain is not null
+    ) as counted
+    where total in (10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 25000, 50000, 100000, 250000, 500000, 1000000)
+    """,
+    base=("plays",),
+    only="name = 'LISTEN_COUNT'",
+    shared="select exists (select from plays where chain is null)",
+)
+
 Reached = tuple[int, int, int, datetime]  # track, threshold, slot, time of the play that reached it
 
 
 class Milestones:
-    """The hook `milestones`. Needs the running totals of `aggregates`."""
+    """The hook `milestones`. Needs the running totals of `aggregates`.
+
+    A rebuild keeps `notification` as it is: what was said can't be taken back, and who owned a track then is not known.
+    """
 
     name = "milestones"
     listens: tuple[EventSpec, ...] = ()
     tables = ("milestones", "notification")
     after = ("plays", "aggregates")
     migrations = ("plays", sql_folder("plays"))
+    derived = (DERIVED,)
+    kept = ("notification",)
     panels = (
         Panel(
             "Last milestones",

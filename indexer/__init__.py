@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from indexer.migrations import sql_folder
-    from indexer.model import Block, BlockRef, Event, EventSpec, Hook, Panel
+    from indexer.model import Block, BlockRef, Derived, Event, EventSpec, Hook, Panel
     from indexer.registry import hook
     from indexer.transaction import Row, Rows, Tx
 
-__all__ = ["Block", "BlockRef", "Event", "EventSpec", "Hook", "Panel", "Row", "Rows", "Tx", "hook", "sql_folder"]
+__all__ = [
+    "Block", "BlockRef", "Derived", "Event", "EventSpec", "Hook", "Panel", "Row", "Rows", "Tx", "hook", "sql_folder",
+]  # fmt: skip
 
 _PLACES = {
     "indexer.migrations": ("sql_folder",),
-    "indexer.model": ("Block", "BlockRef", "Event", "EventSpec", "Hook", "Panel"),
+    "indexer.model": ("Block", "BlockRef", "Derived", "Event", "EventSpec", "Hook", "Panel"),
     "indexer.registry": ("hook",),
     "indexer.transaction": ("Row", "Rows", "Tx"),
 }

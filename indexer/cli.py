@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -14,7 +15,12 @@ from indexer import cli_recovery
 from indexer.errors import HookLoadError, IndexerError
 
 if TYPE_CHECKING:
+    from indexer.config import Settings
+    from indexer.db import Connection
+    from indexer.registry import Registered
     from indexer.settings_sources import Loaded
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="indexer",
@@ -139,6 +145,69 @@ def demo(
 
     options = demonstration.Options(seconds, chain, rpc, contract, start_block, data_dir, port)
     raise typer.Exit(demonstration.main(options))
+
+
+@app.command(epilog="Example: indexer verify aggregates --json")
+def verify(
+    hook: Annotated[str, typer.Argument(help="The hook whose derived tables are compared.")],
+    samples: Annotated[int, typer.Option(help="Rows shown of each kind of difference.", min=0)] = 5,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    secrets: SecretsOption = None,
+) -> None:
+    """Compare a hook's derived tables with what their base tables say. Exit code 1 where they differ."""
+    from indexer import rebuild as derivation
+
+    found = _on_database(
+        _load(config, secrets).settings,
+        lambda connection, hooks: derivation.verify(connection, hooks, hook, samples=samples, say=_progress),
+    )
+    typer.echo(derivation.as_json(found) if as_json else derivation.describe(found))
+    raise typer.Exit(0 if found.equal else 1)
+
+
+@app.command(epilog="Example: indexer rebuild aggregates --dry-run")
+def rebuild(
+    hook: Annotated[str, typer.Argument(help="The hook whose derived tables are put right.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do all of it, and roll back.")] = False,
+    only_ours: Annotated[
+        bool, typer.Option("--only-ours", help="Although another writer's rows may count in the tables: drop those.")
+    ] = False,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    secrets: SecretsOption = None,
+) -> None:
+    """Recompute a hook's derived tables from their base tables (beside a running daemon, which waits meanwhile)."""
+    from indexer import rebuild as derivation
+
+    done = _on_database(
+        _load(config, secrets).settings,
+        lambda connection, hooks: derivation.rebuild(
+            connection, hooks, hook, dry_run=dry_run, only_ours=only_ours, say=_progress
+        ),
+    )
+    typer.echo(derivation.as_json(done) if as_json else derivation.describe(done))
+
+
+def _progress(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _on_database(settings: Settings, work: Callable[[Connection, tuple[Registered, ...]], Coroutine[Any, Any, T]]) -> T:
+    """Run `work` on a connection of its own, with the enabled hooks."""
+    from indexer import app as application
+    from indexer import registry
+
+    async def main() -> T:
+        hooks = registry.load_hooks(settings.hooks)
+        async with application.open_database(settings, pool=False) as database:
+            connection = await database.connect()
+            try:
+                return await work(connection, hooks)
+            finally:
+                connection.terminate()
+
+    return asyncio.run(main())
 
 
 # Typer shows its usage errors in a box of several lines; their class is public only as the base of this one.

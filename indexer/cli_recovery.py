@@ -7,17 +7,19 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from indexer.errors import UsageError
+from indexer.errors import Temporary, UsageError
 
 if TYPE_CHECKING:
     from indexer.app import Parts
-    from indexer.db import Connection
-    from indexer.replay import Rehearsal, Replayer, Segment
+    from indexer.pipeline import Applied
+    from indexer.replay import Rehearsal, Replayer
+    from indexer.segments import Segment
 
 app = typer.Typer()
 
@@ -26,13 +28,16 @@ SecretsOption = Annotated[Path | None, typer.Option("--secrets", help="Folder wi
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 HookOption = Annotated[list[str] | None, typer.Option("--hook", help="Only this hook; may be given again.")]
 
-Work = Callable[["Parts", "Replayer", "Connection"], Awaitable[int]]
+Work = Callable[["Parts", "Replayer"], Awaitable[int]]
+
+_PROGRESS_SECONDS = 2.0
+_SHOW_SECONDS = 15.0
 
 
 def _beside(config: Path | None, secrets: Path | None, work: Work, *, ask_node: bool) -> None:
     """Run `work` beside a daemon, on a connection of its own, and exit with the code that it returns."""
     from indexer import app as application
-    from indexer import follow, log, replay
+    from indexer import db, follow, log, replay
     from indexer.settings_sources import load_settings
 
     settings = load_settings(config, secrets).settings
@@ -44,9 +49,12 @@ def _beside(config: Path | None, secrets: Path | None, work: Work, *, ask_node: 
             try:
                 name = f"{follow.leader_name()} replay"
                 replayer = replay.Replayer(connection, parts.chain, parts.hooks, parts.source, name)
-                return await work(parts, replayer, connection)
+                with db.translated():
+                    return await work(parts, replayer)
             finally:
-                connection.terminate()
+                # the right to replay ends with the session: the next command is to find it free
+                with suppress(Exception):
+                    await connection.close(timeout=2)
 
     raise typer.Exit(asyncio.run(main()))
 
@@ -62,16 +70,19 @@ def replay(
     config: ConfigOption = None,
     secrets: SecretsOption = None,
 ) -> None:
-    """Run blocks through the hooks that have not applied them (beside a running daemon, too)."""
+    """Run blocks through the hooks that have not applied them (beside a running daemon, too).
 
-    async def work(parts: Parts, replayer: Replayer, connection: Connection) -> int:
-        targets = hook or [one.name for one in parts.hooks]
-        plan = await replayer.plan(first, last, targets, force=force)
+    Exit code 1 where a hook fails again.
+    """
+
+    async def work(parts: Parts, replayer: Replayer) -> int:
+        plan = await replayer.plan(first, last, hook or [one.name for one in parts.hooks], force=force)
         if dry_run:
             _print_rehearsal(await replayer.rehearse(plan), as_json)
         else:
-            await _carry_out(replayer, plan, as_json)
-        return 0
+            facts = await _carry_out(replayer, plan)
+            typer.echo(json.dumps(facts) if as_json else _described(facts))
+        return 1 if replayer.failures else 0
 
     _beside(config, secrets, work, ask_node=True)
 
@@ -86,18 +97,17 @@ def gaps(
 ) -> None:
     """Blocks that a hook has not applied, per hook. Exit code 1 where there are some (left)."""
 
-    async def work(parts: Parts, replayer: Replayer, connection: Connection) -> int:
-        from indexer import ledger
-
+    async def work(parts: Parts, replayer: Replayer) -> int:
         targets = hook or [one.name for one in parts.hooks]
-        found = await ledger.gaps(connection, parts.chain.id)
-        missing = [one for name in targets for one in found.get(name, [])]
-        if fill and missing:
-            low, high = min(first for first, _ in missing), max(last for _, last in missing)
-            await _carry_out(replayer, await replayer.plan(low, high, targets, force=False), as_json)
-            found = await ledger.gaps(connection, parts.chain.id)
-        _print_gaps({name: found.get(name, []) for name in targets}, as_json)
-        return 1 if any(found.get(name) for name in targets) else 0
+        replayer.check_names(targets)
+        found = await replayer.gaps()
+        if fill and any(found[name] for name in targets):
+            facts = await _carry_out(replayer, await replayer.plan(None, None, targets))
+            if not as_json:
+                typer.echo(_described(facts))
+            found = await replayer.gaps()
+        _print_gaps({name: found[name] for name in targets}, as_json)
+        return 1 if any(found[name] for name in targets) else 0
 
     _beside(config, secrets, work, ask_node=fill)
 
@@ -111,97 +121,157 @@ def failures(
     config: ConfigOption = None,
     secrets: SecretsOption = None,
 ) -> None:
-    """Failures of hooks that nothing has put right yet: list them, show one with its traceback, or try again."""
+    """Failures of hooks that nothing has put right yet: list them, show one with its traceback, or try again.
+
+    Exit code 1 where some are (left) open.
+    """
     if action not in ("list", "show", "retry"):
         raise UsageError(f'"{action}" is no action: indexer failures list, show NUMBER, retry NUMBER or retry --all')
-    if action != "list" and number is None and not every:
+    if action == "list" and number is not None:
+        raise UsageError(f"to see failure {number}: indexer failures show {number}")
+    if action != "list" and (number is None) != (action == "retry" and every):
         raise UsageError(f"which failure? indexer failures {action} NUMBER (or retry --all)")
 
-    async def work(parts: Parts, replayer: Replayer, connection: Connection) -> int:
+    async def work(parts: Parts, replayer: Replayer) -> int:
         from indexer import ledger
 
-        open_ = await ledger.open_failures(connection, parts.chain.id)
+        open_ = await ledger.open_failures(replayer.connection, parts.chain.id)
         if action == "list":
             _print_failures(open_, as_json)
             return 1 if open_ else 0
         if number is not None:
-            one = await ledger.failure(connection, parts.chain.id, number)
+            one = await ledger.failure(replayer.connection, parts.chain.id, number)
             if one is None:
                 raise UsageError(f"there is no failure {number}: see indexer failures list")
             if action == "show":
-                _print_failure(one, as_json)
+                _print_failure(one, await _events(parts, one), as_json)
                 return 0
             open_ = [one]
-        return await _retry(parts, replayer, connection, open_, as_json)
+        return await _retry(replayer, open_, as_json)
 
     _beside(config, secrets, work, ask_node=action == "retry")
 
 
-async def _retry(
-    parts: Parts, replayer: Replayer, connection: Connection, wanted: Sequence[dict[str, Any]], as_json: bool
-) -> int:
-    """Replay the failed blocks for the failed hook and for those that come after it; 1 where something is left."""
+async def _retry(replayer: Replayer, wanted: Sequence[dict[str, Any]], as_json: bool) -> int:
+    """Replay the failed blocks for the failed hooks and for those that come after; 1 where something is left."""
     from indexer import ledger
 
     for one in wanted:
-        if one["policy"] == "halt":
+        if one["policy"] == "halt" and one["resolved_at"] is None:
             what = f"failure {one['id']} halted the daemon"
-            typer.echo(f"{what}: the daemon itself tries block {one['first']} again", err=True)
-            continue
-        targets = [one["hook"], *(later.name for later in parts.hooks if one["hook"] in later.hook.after)]
-        await _carry_out(replayer, await replayer.plan(one["first"], one["last"], targets, force=False), as_json)
-    left = {one["id"] for one in await ledger.open_failures(connection, parts.chain.id)}
-    return 1 if left & {one["id"] for one in wanted} else 0
-
-
-async def _carry_out(replayer: Replayer, plan: Sequence[Segment], as_json: bool) -> None:
-    """Replay with a bar on a terminal, and a line every other second elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    total = sum(one.last - one.first + 1 for one in plan)
-    started = said = time.monotonic()
-    blocks = events = rows = 0
-    console = Console(stderr=True)
-    rate_column = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), rate_column, TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=total, rate="")
-        async for applied in replayer.replay(plan):
-            blocks += applied.span.last - applied.span.first + 1
-            events += applied.span.events
-            rows += sum(applied.written.values())
-            seconds = max(time.monotonic() - started, 0.001)
-            rate = f"{blocks / seconds:,.0f} blocks/s  {events / seconds:,.0f} events/s"
-            bar.update(task, completed=blocks, rate=rate)
-            if not console.is_terminal and time.monotonic() - said > 2:
-                said = time.monotonic()
-                eta = (total - blocks) * seconds / blocks
-                print(f"replayed {blocks:,} of {total:,} blocks  {rate}  ETA {eta:,.0f} s", file=sys.stderr, flush=True)
-    facts = {"blocks": blocks, "events": events, "rows": rows, "seconds": round(time.monotonic() - started, 3)}
+            typer.echo(f"{what}: start it, and it tries block {one['first']} again", err=True)
+    skips = [one for one in wanted if one["policy"] == "skip" and one["resolved_at"] is None]
+    facts = await _carry_out(replayer, await replayer.plan_retry(skips))
+    open_ = await ledger.open_failures(replayer.connection, replayer.chain.id)
+    left = [one for one in open_ if one["id"] in {one["id"] for one in wanted}]
     if as_json:
-        typer.echo(json.dumps(facts))
-    elif total == 0:
-        typer.echo("nothing to do: every block of the range is applied (--force applies it again)")
+        typer.echo(json.dumps({**facts, "open": [one["id"] for one in left]}))
     else:
-        typer.echo(f"replayed {blocks:,} blocks with {events:,} events: {rows:,} rows in {facts['seconds']} s")
+        typer.echo(_described(facts))
+        _print_failures(left, as_json)
+    return 1 if left else 0
 
 
-def _print_rehearsal(found: Sequence[Rehearsal], as_json: bool) -> None:
+async def _events(parts: Parts, failure: dict[str, Any]) -> list[dict[str, Any]] | str:
+    """What the hook was given in the failed blocks, or why that can't be said."""
+    from indexer.pipeline import heard
+
+    hook = next((one.hook for one in parts.hooks if one.name == failure["hook"]), None)
+    names = {spec.name for spec in hook.listens} if hook else set()
+    found: list[dict[str, Any]] = []
+    try:
+        async with asyncio.timeout(_SHOW_SECONDS):
+            if await parts.source.identity() != parts.chain.identity:
+                return "the node answers for another chain"
+            async for span in parts.source.spans(failure["first"], failure["last"]):
+                for block in heard(span.blocks, names) if names else span.blocks:
+                    for one in block.events:
+                        found.append(
+                            {"block": block.number, "index": one.index, "name": one.name, "args": dict(one.args),
+                             "address": one.address, "tx_hash": one.tx_hash}
+                        )  # fmt: skip
+    except (Temporary, TimeoutError):
+        return "the node does not answer, so its events can't be shown"
+    return found
+
+
+class _Progress:
+    """A bar on a terminal, a line every other second elsewhere; and the sums."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.total, self.blocks, self.events, self.rows = total, 0, 0, 0
+        self._started = self._said = time.monotonic()
+        console = Console(stderr=True)
+        self._terminal = console.is_terminal
+        rate = TextColumn("{task.fields[rate]}")
+        columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console, disable=not self._terminal, transient=True)
+        self._task = self.bar.add_task("", total=total, rate="")
+
+    def add(self, applied: Applied) -> None:
+        self.blocks += applied.span.last - applied.span.first + 1
+        self.events += applied.span.events
+        self.rows += sum(applied.written.values())
+        rate = f"{self.blocks / self.seconds:,.0f} blocks/s  {self.events / self.seconds:,.0f} events/s"
+        self.bar.update(self._task, completed=min(self.blocks, self.total), rate=rate)
+        if not self._terminal and time.monotonic() - self._said > _PROGRESS_SECONDS:
+            self._said = time.monotonic()
+            eta = max(self.total - self.blocks, 0) * self.seconds / self.blocks
+            text = f"replayed {self.blocks:,} of {self.total:,} blocks  {rate}  ETA {eta:,.0f} s"
+            print(text, file=sys.stderr, flush=True)
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._started, 0.001)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "planned": self.total, "blocks": self.blocks, "events": self.events, "rows": self.rows,
+            "seconds": round(self.seconds, 3),
+        }  # fmt: skip
+
+
+async def _carry_out(replayer: Replayer, plan: Sequence[Segment]) -> dict[str, Any]:
+    """Replay, showing how it goes; returns the sums."""
+    progress = _Progress(sum(one.last - one.first + 1 for one in plan))
+    with progress.bar:
+        async for applied in replayer.replay(plan):
+            progress.add(applied)
+    return {**progress.facts, "failures": [str(one) for one in replayer.failures]}
+
+
+# -- what is printed -----------------------------------------------------------------------------------------------
+
+
+def _described(facts: dict[str, Any]) -> str:
+    if not facts["planned"]:
+        return "nothing to do: all of these blocks are applied (replay --force applies them again)"
+    done = f"replayed {facts['blocks']:,} blocks with {facts['events']:,} events: {facts['rows']:,} rows"
+    return "\n".join([f"{done} in {facts['seconds']} s", *(f"left out: {one}" for one in facts["failures"])])
+
+
+def _print_rehearsal(found: Rehearsal, as_json: bool) -> None:
     import msgspec
 
     if as_json:
         typer.echo(msgspec.json.encode(found).decode())
         return
-    if not found:
-        typer.echo("nothing would change")
-    for one in found:
+    typer.echo(f"a dry run of {found.blocks:,} blocks with {found.events:,} events; nothing was written")
+    for one in found.tables:
         typer.echo(f"{one.table}: {one.inserted:,} inserted, {one.changed:,} changed, {one.deleted:,} deleted")
         for before, after in one.samples:
             if before is not None:
                 typer.echo(f"  - {_row(before)}")
             if after is not None:
                 typer.echo(f"  + {_row(after)}")
+    for text in found.failures:
+        typer.echo(f"left out: {text}")
+    if not found.tables:
+        typer.echo("no row would change")
 
 
 def _row(row: dict[str, Any]) -> str:
@@ -214,9 +284,9 @@ def _print_gaps(found: dict[str, list[tuple[int, int]]], as_json: bool) -> None:
         return
     for name, ranges in found.items():
         blocks = sum(last - first + 1 for first, last in ranges)
-        typer.echo(f"{name}: {f'{blocks:,} blocks missing' if blocks else 'nothing missing'}")
+        typer.echo(f"{name}: {f'{blocks:,} missing' if blocks else 'nothing missing'}")
         for first, last in ranges:
-            typer.echo(f"  {first} to {last} ({last - first + 1:,} blocks)" if last > first else f"  {first}")
+            typer.echo(f"  {first} to {last} ({last - first + 1:,})" if last > first else f"  {first}")
 
 
 def _print_failures(found: Sequence[dict[str, Any]], as_json: bool) -> None:
@@ -230,11 +300,21 @@ def _print_failures(found: Sequence[dict[str, Any]], as_json: bool) -> None:
             typer.echo(f"{one['id']}  {what} at block {one['first']}, hook {one['hook']}: {one['error']}")
 
 
-def _print_failure(one: dict[str, Any], as_json: bool) -> None:
+def _print_failure(one: dict[str, Any], events: list[dict[str, Any]] | str, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(one, default=str))
+        typer.echo(json.dumps({**one, "events": events if isinstance(events, list) else None}, default=_plain))
         return
     state = f"resolved {one['resolved_at']:%Y-%m-%d %H:%M:%S}" if one["resolved_at"] else "open"
-    blocks = f"blocks {one['first']} to {one['last']}"
-    typer.echo(f"failure {one['id']} ({state}): hook {one['hook']}, {blocks}, {one['policy']}")
-    typer.echo(one["traceback"])
+    at = f"block {one['first']}" if one["first"] == one["last"] else f"blocks {one['first']} to {one['last']}"
+    typer.echo(f"failure {one['id']} ({state}): hook {one['hook']}, {at}, {one['policy']}, {one['failed_at']}")
+    if isinstance(events, str):
+        typer.echo(events)
+    else:
+        typer.echo(f"{len(events)} events")
+        for event in events:
+            typer.echo(f"  {event['block']}/{event['index']} {event['name']}: {_row(event['args'])}")
+    typer.echo(one["traceback"].rstrip())
+
+
+def _plain(value: Any) -> str:
+    return "0x" + value.hex() if isinstance(value, bytes) else str(value)

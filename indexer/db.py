@@ -29,6 +29,8 @@ HEARTBEAT_SECONDS = 2.0
 # SQLSTATE classes that are the server's state and not the statement's fault: connection, rollbacks by conflict,
 # resources, locks and timeouts, an operator's intervention, system errors.
 _TRANSIENT_CLASSES = frozenset({"08", "40", "53", "55", "57", "58"})
+# a server that has just become a replica, and the timeouts of a session that was idle or long in a transaction
+_TRANSIENT_STATES = frozenset({"25006", "25P03", "25P04"})
 
 
 def is_transient(error: BaseException) -> bool:
@@ -36,7 +38,8 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, DatabaseUnavailable):
         return True
     if isinstance(error, PostgresError):
-        return (error.sqlstate or "")[:2] in _TRANSIENT_CLASSES or (error.sqlstate == "25P03")
+        state = error.sqlstate or ""
+        return state[:2] in _TRANSIENT_CLASSES or state in _TRANSIENT_STATES
     if isinstance(error, asyncpg.InterfaceError):
         return "connection" in str(error)
     # asyncpg loses its place where the server has ended the session while we did not look: a leader that was paused

@@ -111,12 +111,12 @@ async def _together(settings: Settings, chain: DemoChain, seconds: float | None)
         for task in tasks[1:]:
             task.cancel()
         await asyncio.gather(*tasks[1:], return_exceptions=True)
+        tasks[0].cancel()
+        await asyncio.gather(tasks[0], return_exceptions=True)
         if running.state is not None:
             with suppress(Exception):
                 async with asyncio.timeout(2):
-                    await _say_goodbye(settings, running.state)
-        tasks[0].cancel()
-        await asyncio.gather(tasks[0], return_exceptions=True)
+                    await _say_goodbye(settings)
 
 
 @asynccontextmanager
@@ -196,17 +196,20 @@ def _picture(running: _Running, facts: dict[str, Any]) -> Group:
     return Group(Text(_line(running.state, facts)), tables, hint)
 
 
-async def _say_goodbye(settings: Settings, state: State) -> None:
-    """What was indexed, compared with nothing but the database."""
+async def _say_goodbye(settings: Settings) -> None:
+    """What was indexed, by nothing but the database."""
     database = Database(_dsn(settings), settings.database, name="indexer demo")
     connection = await database.connect()
     try:
         facts = await _facts(connection)
+        blocks = await connection.fetchval(
+            "select number - start_block + 1 from indexer.cursor join indexer.chain on chain.id = cursor.chain"
+        )
     finally:
         connection.terminate()
     _print(
-        f"Indexed {state.blocks:,} blocks with {state.events:,} events: {facts['plays']:,} plays of "
-        f"{facts['tracks']:,} tracks, {facts['milestones']:,} milestones."
+        f"Indexed {blocks:,} blocks: {facts['plays']:,} plays of {facts['tracks']:,} tracks, "
+        f"{facts['milestones']:,} milestones."
     )
 
 

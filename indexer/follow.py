@@ -22,6 +22,7 @@ from indexer.state import Role, State
 T = TypeVar("T")
 
 _STANDBY_SECONDS = 1.0
+_FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 10.0
 
 
@@ -40,17 +41,23 @@ class Follower:
         self.connection, self.source, self.pipeline, self.state = connection, source, pipeline, state
         self.at = cursor.ref
         self._spans: AsyncIterator[Span] | None = None
-        self._said_at = 0.0
+        self._said_at = self._heads_at = 0.0
         state.at(cursor.ref.number, cursor.block_time)
 
     async def step(self) -> Outcome:
         """One span, or nothing to do. Every error leaves database and cursor at a block's border."""
         if self._spans is None:
-            heads = await self.alive(self.source.heads())
-            self.state.saw(heads)
+            heads = await self._look_up()
             if heads.newest <= self.at.number:
                 return await self._compare(heads)
+            if self.at.hash and self.at.number < heads.final:
+                # final blocks come without their parents: what they follow on is compared here
+                on_chain = await self.alive(self.source.ref(self.at.number))
+                if on_chain != self.at:
+                    return await self._rewind(on_chain.hash)
             self._spans = self.source.spans(self.at.number + 1, heads.newest)
+        elif time.monotonic() - self._heads_at > HEARTBEAT_SECONDS:
+            await self._look_up()  # a long catch-up must not count its lag from the head of its beginning
         self.state.waiting_on = "fetch"
         span = await self.alive(anext(self._spans, None))
         if span is None:
@@ -64,8 +71,15 @@ class Follower:
                 async for applied in parts:
                     self.at = applied.span.end
                     self.state.committed(applied.span)
+                    self.source.took(applied.seconds)
                     self._say(applied)
         return Outcome.ADVANCED
+
+    async def _look_up(self) -> Heads:
+        heads = await self.alive(self.source.heads())
+        self.state.saw(heads)
+        self._heads_at = time.monotonic()
+        return heads
 
     def _say(self, applied: Applied) -> None:
         """One line a block at the head; catching up, at most one a second."""
@@ -87,7 +101,7 @@ class Follower:
 
     async def _compare(self, heads: Heads) -> Outcome:
         """A head that is no higher than ours: the same chain (or a node that lags), or a rival one."""
-        if not heads.hash or heads.newest < heads.final:
+        if not heads.hash or not self.at.hash or heads.newest < heads.final:
             return Outcome.IDLE
         with translated():
             stored = {ref.number: ref.hash for ref in await ledger.window(self.connection, self.pipeline.chain.id)}
@@ -121,7 +135,8 @@ class Follower:
         """The newest stored block that the chain still has; None where all of ours is still there (a node wavered).
 
         Looks at a few more blocks at a time, so that a shallow fork costs one round of questions. Raises DeepReorg
-        where the whole window, down to the final block, is another one on the chain.
+        where the whole window, down to the final block, is another one on the chain. Where it reaches down to the start
+        block, everything may go.
         """
         with translated():
             window = await ledger.window(self.connection, self.pipeline.chain.id)
@@ -130,15 +145,19 @@ class Follower:
         position, size = 0, 8
         while position < len(window):
             some = window[position : position + size]
-            # a number that the chain does not have (yet) is asked for no further: it is not an ancestor
-            newest = self.state.heads.newest
+            # a number that the chain does not have (any more, or yet) is not asked for: it is not an ancestor
+            newest = (await self._look_up()).newest
             asked = [ref for ref in some if ref.number <= newest]
             found = await self.alive(asyncio.gather(*(self.source.ref(ref.number) for ref in asked)))
             for ours, on_chain in zip(asked, found, strict=True):
                 if ours == on_chain:
                     return None if ours == self.at else ours
             position, size = position + size, size * 2
-        oldest = window[-1]
+        oldest, start = window[-1], self.pipeline.chain.start_block
+        if newest < oldest.number:
+            return None  # a node that syncs
+        if oldest.number == start and self.state.heads.final < start:
+            return BlockRef(start - 1, b"")
         raise DeepReorg(
             f"the chain was reorganised below its final block: block {oldest.number} is 0x{oldest.hash.hex()} here, "
             f"but the chain goes by 0x{theirs.hex()}; check the node, or rebuild this database from an earlier block"
@@ -160,12 +179,11 @@ class Follower:
         finally:
             if not task.done():
                 task.cancel()
-                with suppress(BaseException):
-                    await task
+                await asyncio.wait({task})  # awaited itself, it would hide a cancellation of our own
 
     async def beat(self) -> None:
         with translated():
-            await ledger.heartbeat(self.connection, self.pipeline.chain.id, self.pace, self.pipeline.leader)
+            await ledger.heartbeat(self.connection, self.pipeline.chain.id, self.at, self.pace, self.pipeline.leader)
 
     async def close(self) -> None:
         """Stop fetching ahead."""
@@ -179,7 +197,7 @@ async def follow(database: Database, source: BlockSource, pipeline: Pipeline, st
 
     Ends only by cancellation or by an error that is not the database's: HookFailed (already recorded), a bug.
     """
-    pause = 0.1
+    pause = _FIRST_PAUSE_SECONDS
     while True:
         before = state.spans
         try:
@@ -189,12 +207,15 @@ async def follow(database: Database, source: BlockSource, pipeline: Pipeline, st
             await _record_halt(database, pipeline, state, failed)
             raise
         except LostLeadership as error:
-            state.became(Role.STANDBY, str(error))
+            state.became(Role.STARTING, str(error))
             log.get().warning("leadership lost", chain=state.chain, reason=str(error))
         except DatabaseUnavailable as error:
             state.became(Role.STARTING, f"database: {error}")
             log.get().warning("database unavailable", chain=state.chain, error=str(error), seconds=round(pause, 2))
-        pause = 0.1 if state.spans > before else min(pause * 2, _LONGEST_PAUSE_SECONDS)
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError  # a connection that was lost as well has hidden it behind an error of its own
+        pause = _FIRST_PAUSE_SECONDS if state.spans > before else min(pause * 2, _LONGEST_PAUSE_SECONDS)
         await asyncio.sleep(pause)
 
 
@@ -226,9 +247,12 @@ async def _leading(database: Database, pipeline: Pipeline, state: State) -> Asyn
         yield connection
     finally:
         # a lock dies with its connection; one that does not close in time is dropped
-        with suppress(Exception):
-            await asyncio.wait_for(connection.close(), 1.0)
-        connection.terminate()
+        try:
+            with suppress(Exception):
+                async with asyncio.timeout(1.0):
+                    await connection.close()
+        finally:
+            connection.terminate()
 
 
 async def _watch_leader(connection: Connection, pipeline: Pipeline, state: State) -> None:

@@ -50,13 +50,14 @@ async def open_chain(connection: Connection, name: str, source: str, identity: s
     Raises WrongNetwork where the database was started with another chain of that name.
     """
     async with connection.transaction():
-        await connection.execute(
-            """
-            insert into indexer.chain (name, source, identity, start_block) values ($1, $2, $3, $4)
-            on conflict (name) do nothing
-            """,
-            name, source, identity, start_block,
-        )  # fmt: skip
+        if await find_chain(connection, name) is None:  # a try to insert would use up one of 32,767 ids at each start
+            await connection.execute(
+                """
+                insert into indexer.chain (name, source, identity, start_block) values ($1, $2, $3, $4)
+                on conflict (name) do nothing
+                """,
+                name, source, identity, start_block,
+            )  # fmt: skip
         chain = await find_chain(connection, name)
         assert chain is not None
         await connection.execute(
@@ -108,16 +109,22 @@ async def advance(connection: Connection, chain: int, at: BlockRef, span: Span, 
         raise LostLeadership(f"the cursor is no longer at block {at.number}: another process writes this chain")
 
 
-async def heartbeat(connection: Connection, chain: int, pace: Pace, leader: str) -> None:
-    """Say that the leader lives, and what it sees, while there is nothing to commit."""
-    await connection.execute(
+async def heartbeat(connection: Connection, chain: int, at: BlockRef, pace: Pace, leader: str) -> None:
+    """Say that the leader lives, and what it sees, while there is nothing to commit.
+
+    Raises LostLeadership where the cursor is no longer at `at`: an idle daemon notices a rewind at once, too.
+    """
+    status = await connection.execute(
         """
         update indexer.cursor
-        set head = $2, final = $3, blocks_per_second = $4, events_per_second = $5, leader = $6, seen_at = now()
-        where chain = $1
+        set head = $4, final = $5, blocks_per_second = $6, events_per_second = $7, leader = $8, seen_at = now()
+        where chain = $1 and number = $2 and hash = $3
         """,
-        chain, pace.heads.newest, pace.heads.final, pace.blocks_per_second, pace.events_per_second, leader,
+        chain, at.number, at.hash, pace.heads.newest, pace.heads.final,
+        pace.blocks_per_second, pace.events_per_second, leader,
     )  # fmt: skip
+    if status != "UPDATE 1":
+        raise LostLeadership(f"the cursor is no longer at block {at.number}: another process moved it")
 
 
 async def register_hooks(connection: Connection, chain: int, hooks: Sequence[str]) -> None:
@@ -126,6 +133,12 @@ async def register_hooks(connection: Connection, chain: int, hooks: Sequence[str
         "insert into indexer.coverage (chain, hook) select $1, unnest($2::text[]) on conflict do nothing",
         chain, list(hooks),
     )  # fmt: skip
+
+
+async def known_hooks(connection: Connection, chain: int) -> set[str]:
+    """The hooks that a daemon has been started with."""
+    rows = await connection.fetch("select hook from indexer.coverage where chain = $1", chain)
+    return {row["hook"] for row in rows}
 
 
 async def cover(connection: Connection, chain: int, hooks: Sequence[str], first: int, last: int) -> None:
@@ -214,7 +227,10 @@ async def writes_elsewhere(connection: Connection, declared: Sequence[str]) -> d
         from pg_stat_xact_user_tables
         where schemaname <> 'indexer' and schemaname not like 'pg_temp%'
           and n_tup_ins + n_tup_upd + n_tup_del > 0
-          and not exists (select from unnest($1::text[]) as declared (name) where to_regclass(declared.name) = relid)
+          and not exists (
+              select from unnest($1::text[]) as declared (name)
+              where to_regclass(declared.name) in (relid, pg_partition_root(relid))
+          )
         """,
         list(declared),
     )
@@ -238,12 +254,20 @@ async def rewind(connection: Connection, chain: int, at: BlockRef, to: BlockRef)
     )  # fmt: skip
     if status != "UPDATE 1":
         raise LostLeadership(f"the cursor is no longer at block {at.number}: another process writes this chain")
-    # The table written last goes first: where foreign keys join two tables, that order holds on the way back.
+    # Tables that point at others by foreign keys go before them, and no key is looked at before all rows are back.
+    await connection.execute("set constraints all deferred")
     relations = await connection.fetch(
         """
-        select relation::regclass as name, relation from indexer.journal
-        where chain = $1 and number > $2
-        group by relation order by max(id) desc
+        with recursive touched as (
+            select distinct relation from indexer.journal where chain = $1 and number > $2
+        ), pointed_at (relation, depth) as (
+            select relation, 0 from touched
+            union
+            select confrelid, depth + 1 from pointed_at
+            join pg_constraint on conrelid = relation and contype = 'f' and confrelid <> relation
+            where confrelid in (select relation from touched) and depth < (select count(*) from touched)
+        )
+        select relation from pointed_at group by relation order by max(depth)
         """,
         chain, to.number,
     )  # fmt: skip
@@ -252,6 +276,7 @@ async def rewind(connection: Connection, chain: int, at: BlockRef, to: BlockRef)
         rows += await connection.fetchval(
             "select indexer.restore($1::smallint, $2, $3::oid::regclass)", chain, to.number, relation["relation"]
         )
+    await connection.execute("set constraints all immediate")
     await connection.execute("delete from indexer.journal where chain = $1 and number > $2", chain, to.number)
     await connection.execute("delete from indexer.block where chain = $1 and number > $2", chain, to.number)
     await connection.execute("delete from indexer.quarantine where chain = $1 and number > $2", chain, to.number)
@@ -263,26 +288,34 @@ async def rewind(connection: Connection, chain: int, at: BlockRef, to: BlockRef)
     return rows
 
 
-async def entangled(connection: Connection, chain: int, number: int) -> bool:
-    """Whether a row that this transaction touched, journalled under block `number`, was touched by a later block too:
-    undoing that block would then undo this transaction's part of the row as well."""
+async def hold(connection: Connection, chain: int) -> Cursor:
+    """Keep the cursor where it is until the caller's transaction ends: no span of this chain is committed meanwhile."""
+    await connection.execute("select from indexer.cursor where chain = $1 for update", chain)
+    return await cursor(connection, chain)
+
+
+async def journalled(connection: Connection, chain: int, number: int) -> bool:
+    """Whether a block after `number` has written rows that a reorganisation would bring back."""
+    return bool(
+        await connection.fetchval(
+            "select exists (select from indexer.journal where chain = $1 and number > $2)", chain, number
+        )
+    )
+
+
+async def have_applied(connection: Connection, chain: int, hooks: Sequence[str], first: int, last: int) -> bool:
+    """Whether one of the hooks has applied any of the blocks `first` to `last`."""
     return bool(
         await connection.fetchval(
             """
             select exists (
-                select from indexer.journal as ours
-                join indexer.journal as later using (chain, relation, key)
-                where ours.chain = $1 and ours.number = $2 and later.number > $2
+                select from indexer.coverage
+                where chain = $1 and hook = any($2) and blocks && int8range($3, $4, '[]')
             )
             """,
-            chain, number,
+            chain, list(hooks), first, last,
         )
     )  # fmt: skip
-
-
-async def forget_journal(connection: Connection, chain: int, number: int) -> None:
-    """Drop the entries up to block `number`: it is final, and nothing will ask for them."""
-    await connection.execute("delete from indexer.journal where chain = $1 and number <= $2", chain, number)
 
 
 async def changes(connection: Connection, chain: int, number: int) -> dict[str, list[tuple[Any, Any]]]:
@@ -332,26 +365,28 @@ async def quarantine(connection: Connection, chain: int, logs: Sequence[Quaranti
 
 
 async def record_failure(connection: Connection, chain: int, failed: HookFailed, policy: str) -> None:
-    """Keep why a hook failed; a halt that happens again at the same block replaces its row."""
+    """Keep why a hook failed; where it failed there before and nothing has resolved that, it is the same failure."""
     cause = failed.__cause__
     assert cause is not None
     error, details = _storable(f"{type(cause).__name__}: {cause}"), "".join(traceback.format_exception(cause))
+    facts = (chain, failed.hook, failed.first, failed.last, policy, error, _storable(details))
     async with connection.transaction():
-        await connection.execute(
+        known = await connection.fetchval(
             """
-            delete from indexer.failure
-            where chain = $1 and hook = $2 and first = $3 and policy = 'halt' and resolved_at is null
+            update indexer.failure set last = $4, policy = $5, error = $6, traceback = $7, failed_at = now()
+            where chain = $1 and hook = $2 and first = $3 and resolved_at is null
+            returning id
             """,
-            chain, failed.hook, failed.first,
-        )  # fmt: skip
-        await connection.execute(
-            """
-            insert into indexer.failure (chain, hook, first, last, policy, error, traceback)
-            values ($1, $2, $3, $4, $5, $6, $7)
-            """,
-            chain, failed.hook, failed.first, failed.last, policy,
-            error, _storable(details),
-        )  # fmt: skip
+            *facts,
+        )
+        if known is None:
+            await connection.execute(
+                """
+                insert into indexer.failure (chain, hook, first, last, policy, error, traceback)
+                values ($1, $2, $3, $4, $5, $6, $7)
+                """,
+                *facts,
+            )
 
 
 def _storable(text: str) -> str:
@@ -360,11 +395,15 @@ def _storable(text: str) -> str:
 
 
 async def resolve_failures(connection: Connection, chain: int, hooks: Sequence[str], first: int, last: int) -> None:
-    """Close the failures of blocks that the hooks have applied now."""
+    """Close the failures in the blocks `first` to `last`, as far as the hooks have now applied all of their blocks."""
     await connection.execute(
         """
         update indexer.failure set resolved_at = now()
-        where chain = $1 and hook = any($2) and first >= $3 and last <= $4 and resolved_at is null
+        from indexer.coverage
+        where coverage.chain = failure.chain and coverage.hook = failure.hook
+          and failure.chain = $1 and failure.hook = any($2) and resolved_at is null
+          and int8range(failure.first, failure.last, '[]') && int8range($3, $4, '[]')
+          and int8range(failure.first, failure.last, '[]') <@ coverage.blocks
         """,
         chain, list(hooks), first, last,
     )  # fmt: skip

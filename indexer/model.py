@@ -120,6 +120,9 @@ class BlockSource(Protocol):
     async def wait(self, seconds: float) -> None:
         """Return when a new head is heard of, at the latest after `seconds`."""
 
+    def took(self, seconds: float) -> None:
+        """The transaction of the last span took so long: a hint for the size of the next ones."""
+
     async def close(self) -> None: ...
 
 
@@ -130,11 +133,29 @@ class Panel(msgspec.Struct, frozen=True):
     sql: str
 
 
+class Derived(msgspec.Struct, frozen=True):
+    """A table whose rows follow from other tables, for `indexer verify` and `indexer rebuild`.
+
+    `sql` is one select that gives exactly the rows that the table must have, computed from the tables `base`. Its
+    columns are named as the table's, and the primary key is among them; columns that it leaves out are neither
+    compared nor written. `only` is a condition for the rows that are the hook's: others are left alone. `shared` is a
+    select of one boolean: whether another writer's rows may count in the table too, which a rebuild would lose.
+    """
+
+    table: str
+    sql: str
+    base: Sequence[str]
+    only: str = "true"
+    shared: str = ""
+
+
 @runtime_checkable
 class Hook(Protocol):
     """What runs on every span, inside its transaction.
 
     `listens`: the events wanted. `tables`: the tables written. `after`: hooks that must have run before.
+    Besides, it may have `migrations`, `panels`, and `derived` (a sequence of Derived) with `kept`: tables of which a
+    rebuild knows nothing, since their rows say what was known at the time.
     """
 
     name: str

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
+import asyncpg
 import msgspec
 
 from indexer import ledger, metrics
@@ -49,7 +50,8 @@ class Pipeline:
         except HookFailed:
             if len(span.blocks) <= 1:
                 raise
-        except UndeclaredTable:
+        except (UndeclaredTable, asyncpg.IntegrityConstraintViolationError):
+            # the one that wrote elsewhere, or broke a constraint that is only looked at by COMMIT, is still to be found
             self._look_at_each = True
         for part in blockwise(span):
             yield await self._commit(connection, at, part, pace)
@@ -111,7 +113,8 @@ class Pipeline:
                 await self.run_hook(one, tx, connection, span)
                 if self._look_at_each:
                     await self.check_declared(connection, before)
-            except UndeclaredTable as error:
+                    await connection.execute("set constraints all immediate")
+            except (UndeclaredTable, asyncpg.IntegrityConstraintViolationError) as error:
                 raise HookFailed(one.name, span.first, span.last, error) from error
             except HookFailed as failed:
                 if one.policy.on_error == "halt" or len(span.blocks) > 1:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from indexer.config import HookSettings, HooksSettings
 from indexer.errors import ConfigError, HookLoadError, IndexerError
-from indexer.model import Block, EventSpec, Hook
+from indexer.model import Block, Derived, EventSpec, Hook
 from indexer.transaction import Tx
 
 Apply = Callable[[Tx, Sequence[Block]], Awaitable[None]]
@@ -30,6 +30,8 @@ class FunctionHook(msgspec.Struct, frozen=True):
     tables: tuple[str, ...]
     after: tuple[str, ...]
     migrations: MigrationLine | None
+    derived: tuple[Derived, ...] = ()
+    kept: tuple[str, ...] = ()
 
     async def apply(self, tx: Tx, blocks: Sequence[Block]) -> None:
         await self.function(tx, blocks)
@@ -42,16 +44,21 @@ def hook(
     tables: Sequence[str],
     after: Sequence[str] = (),
     migrations: MigrationLine | None = None,
+    derived: Sequence[Derived] = (),
+    kept: Sequence[str] = (),
 ) -> Callable[[Apply], FunctionHook]:
     """Make a hook of `async def f(tx, blocks)`.
 
     `listens`: names of the events wanted (an EventSpec also names arguments that must be there). `tables`: the tables
     written. `after`: hooks that must run before this one. `migrations`: a line of SQL files, ("name", folder).
+    `derived` and `kept`: what `indexer rebuild` recomputes, and what it leaves as it is.
     """
-    if any(isinstance(names, str) for names in (listens, tables, after)):
-        raise TypeError(f"@hook({name!r}): listens, tables and after are lists of names, not one name")
+    if any(isinstance(names, str) for names in (listens, tables, after, kept)):
+        raise TypeError(f"@hook({name!r}): listens, tables, after and kept are lists of names, not one name")
     specs = tuple(EventSpec(spec) if isinstance(spec, str) else spec for spec in listens)
-    return lambda function: FunctionHook(name, function, specs, tuple(tables), tuple(after), migrations)
+    return lambda function: FunctionHook(
+        name, function, specs, tuple(tables), tuple(after), migrations, tuple(derived), tuple(kept)
+    )
 
 
 class Registered(msgspec.Struct, frozen=True):

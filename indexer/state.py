@@ -34,18 +34,18 @@ class State:
         self.waiting_on = "fetch"
         self.gaps: dict[str, list[tuple[int, int]]] = {}
         now = time.monotonic()
-        self.progressed_at = now
+        self.progressed_at = self.heard_at = now
         self._ticks: deque[tuple[float, int, int]] = deque([(now, 0, 0)])
 
     def became(self, role: Role, reason: str = "") -> None:
         self.role, self.reason = role, reason
-        self.progressed_at = time.monotonic()
+        self.progressed_at = self.heard_at = time.monotonic()
         metrics.leader.labels(self.chain).set(role is Role.LEADER)
 
     def saw(self, heads: Heads) -> None:
         if self.lag_blocks == 0:
             self.progressed_at = time.monotonic()  # nothing to do is not a stall
-        self.heads = heads
+        self.heads, self.heard_at = heads, time.monotonic()
         metrics.head_block.labels(self.chain).set(heads.newest)
         metrics.final_block.labels(self.chain).set(heads.final)
         self._lag()
@@ -103,3 +103,8 @@ class State:
         if self.role is not Role.LEADER or not self.lag_blocks:
             return 0.0
         return time.monotonic() - self.progressed_at
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since any node told us of a head, while we lead: nothing to commit may also mean that nobody tells us."""
+        return time.monotonic() - self.heard_at if self.role is Role.LEADER else 0.0

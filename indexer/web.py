@@ -84,8 +84,9 @@ class Web:
     async def readyz(self, _: web.Request) -> web.Response:
         """200 for a leader and for a standby; 503 while starting, halted, stopping or stalled, with the reason."""
         state = self._state
-        ready = state.role in (Role.LEADER, Role.STANDBY) and not self._stalled
-        reason = "stalled" if self._stalled else state.reason
+        silent = state.silent_seconds > self._settings.http.stall_seconds
+        ready = state.role in (Role.LEADER, Role.STANDBY) and not self._stalled and not silent
+        reason = "stalled" if self._stalled else "no node answers" if silent else state.reason
         facts = {"ready": ready, "role": state.role, "reason": reason, "lag_blocks": state.lag_blocks}
         return _json(facts, 200 if ready else 503)
 

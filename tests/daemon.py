@@ -69,7 +69,10 @@ def _inline(value: Any) -> str:
 def environment(extra: Mapping[str, str] = {}) -> dict[str, str]:
     """Ours without any settings of the developer's, and with `extra`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("INDEXER_")}
-    return {**kept, "COLUMNS": "200", "PYTHONUNBUFFERED": "1", **extra}
+    given = {**kept, "COLUMNS": "200", "PYTHONUNBUFFERED": "1", **extra}
+    if "PYTHONPATH" in kept and "PYTHONPATH" in extra:
+        given["PYTHONPATH"] = extra["PYTHONPATH"] + os.pathsep + kept["PYTHONPATH"]
+    return given
 
 
 async def until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:

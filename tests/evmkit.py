@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from itertools import count
 from typing import Any
 
 import pytest
@@ -30,13 +31,16 @@ def like(track: int, address: str = ADDRESS) -> FakeLog:
     return encode_event(parse_signature(LIKED), {"track": track}, address)
 
 
+_PLAYED = play(0).topics[0]
+
+
 def chain_of(events: Sequence[int], final_lag: int = 0, address: str = ADDRESS) -> FakeChain:
     """A chain whose block n+1 has `events[n]` plays, in transactions of two."""
     chain, track = FakeChain(final_lag=final_lag), 0
-    for count in events:
-        plays = [play(track + n, address) for n in range(count)]
-        track += count
-        chain.mine(*(plays[n : n + 2] for n in range(0, count, 2)))
+    for many in events:
+        plays = [play(track + n, address) for n in range(many)]
+        track += many
+        chain.mine(*(plays[n : n + 2] for n in range(0, many, 2)))
     return chain
 
 
@@ -74,13 +78,13 @@ async def collected(source: EvmSource, first: int, last: int) -> list[Span]:
 def assert_whole(
     spans: Sequence[Span], chain: FakeChain, first: int, last: int, addresses: Sequence[str] = (ADDRESS,)
 ) -> None:
-    """The spans cover `first` to `last` without hole or overlap, and hold all plays of the chain, exactly and in order."""
+    """The spans cover `first` to `last` without hole or overlap, and hold all plays of the chain, in order."""
     assert [span.first for span in spans] == [first, *(span.last + 1 for span in spans[:-1])]
     assert spans[-1].last == last
     wanted = [
         (int(log["blockNumber"], 16), int(log["logIndex"], 16), int(log["topics"][1], 16), log["transactionHash"])
         for log in chain.logs(first, last)
-        if log["address"] in addresses
+        if log["address"] in addresses and log["topics"][0] == _PLAYED
     ]
     given = [
         (block.number, event.index, event.args["track"], "0x" + event.tx_hash.hex())
@@ -117,8 +121,15 @@ def fails(times: int | None, fault: Fault | Callable[[list[Any]], Fault | None],
     return source
 
 
+def every(nth: int, fault: Fault) -> FaultSource:
+    """The first call and each `nth` after it are answered so."""
+    calls = count()
+    return lambda _method, _params: fault if next(calls) % nth == 0 else None
+
+
 def error(code: int, message: str, status: int = 200, **headers: str) -> Fault:
-    return Fault(status, {"code": code, "message": message}, headers={k.replace("_", "-"): v for k, v in headers.items()})
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Fault(status, {"code": code, "message": message}, headers=named)
 
 
 def ranges(node: FakeNode) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(120)
 
 SECRET = "s3cr3t-k3y"
 Run = Callable[[Settings], Awaitable[Ended]]
-COMMANDS = ("run", "migrate", "status", "config", "demo")
+COMMANDS = {"run", "migrate", "status", "config", "demo"}
 
 
 @pytest.fixture
@@ -222,8 +222,9 @@ async def test_help_and_version(commands: Commands, tmp_path: Path) -> None:
     listed = await commands("--help", folder=tmp_path)
     assert (number.code, number.out, number.err) == (0, f"{version('indexer')}\n", "")
     assert listed.code == 0 and "Exit codes" in listed.out
-    assert set(re.findall(r"^│ (\w+) ", listed.out, re.MULTILINE)) == set(COMMANDS)
-    for name in COMMANDS:
+    names = re.findall(r"^│ ([a-z]+) ", listed.out, re.MULTILINE)
+    assert set(names) >= COMMANDS
+    for name in names:
         shown = await commands(name, "--help", folder=tmp_path)
         assert shown.code == 0 and shown.err == ""
         assert re.search(rf"Example: indexer {name}\b", shown.out), shown.out
@@ -316,9 +317,7 @@ async def watched(folder: Path) -> None:
     assert (process.returncode, err) == (0, b"")
 
 
-SUMMARY = re.compile(
-    r"Indexed ([\d,]+) blocks with ([\d,]+) events: ([\d,]+) plays of ([\d,]+) tracks, ([\d,]+) milest"
-)
+SUMMARY = re.compile(r"Indexed ([\d,]+) blocks: ([\d,]+) plays of ([\d,]+) tracks, ([\d,]+) milest")
 
 
 async def test_demo(tmp_path: Path) -> None:
@@ -331,7 +330,7 @@ async def test_demo(tmp_path: Path) -> None:
         assert one.code == 0, one
         found = SUMMARY.search(one.out.splitlines()[-1])
         assert found, one.out
-        blocks, events, plays, tracks, milestones = (int(number.replace(",", "")) for number in found.groups())
-        assert blocks > 120 and events == plays > blocks and 100 < tracks <= 400 and milestones > 20
+        blocks, plays, tracks, milestones = (int(number.replace(",", "")) for number in found.groups())
+        assert blocks > 120 and plays > blocks and 100 < tracks <= 400 and milestones > 20
         assert "Status page: http://127.0.0.1:" in one.out
         assert one.errors == [], one.err

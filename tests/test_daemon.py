@@ -299,9 +299,8 @@ async def test_a_paused_leader_finds_itself_replaced(
                 await assert_right(connection, plays)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_signals_end_it_at_once_and_in_order(
-    number: int, connection: asyncpg.Connection, database_url: str, tmp_path: Path
+    connection: asyncpg.Connection, database_url: str, tmp_path: Path
 ) -> None:
     """While catching up, as a standby, at the head, and while the node does not answer: code 0 within 5 seconds."""
     chain, plays = history(60)
@@ -312,16 +311,16 @@ async def test_signals_end_it_at_once_and_in_order(
             await until(lambda: leader.find("leader acquired") or other.find("leader acquired"), "a leader")
             leading, standby = (leader, other) if leader.find("leader acquired") else (other, leader)
             await standby.logged("standing by")
-            assert await standby.stop(number) == 0
+            assert await standby.stop(signal.SIGINT) == 0
             plays += mine_many(chain)
             await in_transaction(connection)
-            assert await leading.stop(number) == 0
+            assert await leading.stop(signal.SIGTERM) == 0
             assert leading.log[-1]["event"] == "stopped" and leading.other == []
             assert await cursor(connection) < chain.head.number
         await connection.execute("drop trigger dawdle on plays")
         async with Daemon(tmp_path, values) as daemon:
             await daemon.reached(connection, chain.head.number)
-            assert await daemon.stop(number) == 0
+            assert await daemon.stop(signal.SIGINT) == 0
             assert daemon.log[-1]["event"] == "stopped" and daemon.other == []
         await assert_right(connection, plays)
         async with Daemon(tmp_path, values) as daemon:
@@ -329,12 +328,12 @@ async def test_signals_end_it_at_once_and_in_order(
             node.faults.append(slow(60, None))
             asked = node.http_requests
             await until(lambda: node.http_requests > asked, "a request that hangs")
-            assert await daemon.stop(number) == 0
+            assert await daemon.stop(signal.SIGTERM) == 0
             assert daemon.other == []
         async with Daemon(tmp_path, values) as daemon:  # it can't even start: the node hangs from the beginning
             asked = node.http_requests
             await until(lambda: node.http_requests > asked, "a request that hangs")
-            assert await daemon.stop(number) == 0
+            assert await daemon.stop(signal.SIGINT) == 0
             assert daemon.other == []
 
 

@@ -22,11 +22,12 @@ binaries embedded db migrations
 ledger
 transaction
 registry
-pipeline state
+pipeline state segments
 sources fakechain devchain
-follow replay
+follow replay rebuild
 web progress
 app
+testing pytest_plugin
 status demochain
 demo
 cli cli_recovery

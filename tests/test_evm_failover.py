@@ -11,18 +11,24 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import structlog
 from aiohttp import web
-from evmkit import assert_whole, chain_of, collected, error, fails, hasty, play, ranges, source_of, until
+from evmkit import assert_whole, chain_of, collected, error, every, fails, hasty, play, ranges, source_of, until
 from structlog.testing import capture_logs
 
 from indexer.config import EndpointSettings
 from indexer.errors import RpcUnavailable
 from indexer.fakechain import (
-    FakeChain, FakeNode, Fault, FaultSource, empty_logs, garbage, http_error, limit_range, null_blocks, old_head,
-    rate_limited, slow, wrong_chain,
+    FakeChain,
+    FakeNode,
+    Fault,
+    FaultSource,
+    garbage,
+    http_error,
+    null_blocks,
+    old_head,
+    rate_limited,
+    slow,
 )  # fmt: skip
-from indexer.model import Span
 from indexer.sources import endpoints, evm
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -46,8 +52,11 @@ FAULTS: list[tuple[str, Callable[[], FaultSource]]] = [
 
 @pytest.mark.parametrize("after", [0, 12])
 @pytest.mark.parametrize("fault", [row[1] for row in FAULTS], ids=[row[0] for row in FAULTS])
-async def test_one_that_fails_is_replaced_by_the_other(fault: Callable[[], FaultSource], after: int) -> None:
+async def test_one_that_fails_is_replaced_by_the_other(
+    monkeypatch: pytest.MonkeyPatch, fault: Callable[[], FaultSource], after: int
+) -> None:
     """From the start, and in the middle of the work."""
+    monkeypatch.setattr(endpoints, "_LONGEST_REST_SECONDS", 10.0)
     chain = chain_of([n % 4 for n in range(300)], final_lag=30)
     async with FakeNode(chain, keep_log=True) as bad, FakeNode(chain, keep_log=True) as good:
         async with source_of(bad, good, max_blocks=10, request_timeout_seconds=0.3, chain_id="31337") as source:
@@ -61,30 +70,29 @@ async def test_one_that_fails_is_replaced_by_the_other(fault: Callable[[], Fault
 
 async def test_an_endpoint_that_is_gone_is_used_again_when_it_is_back() -> None:
     chain = chain_of([1] * 30)
-    async with FakeNode(chain) as first, FakeNode(chain) as second:
-        async with source_of(first, second) as source:
+    async with FakeNode(chain) as first, FakeNode(chain) as second, source_of(first, second) as source:
+        assert_whole(await collected(source, 1, 30), chain, 1, 30)
+        used = first.requests["eth_getLogs"]
+        assert used and not second.requests["eth_getLogs"]
+        await first.stop()
+        with capture_logs() as logged:
             assert_whole(await collected(source, 1, 30), chain, 1, 30)
-            used = first.requests["eth_getLogs"]
-            assert used and not second.requests["eth_getLogs"]
-            await first.stop()
-            with capture_logs() as logged:
-                assert_whole(await collected(source, 1, 30), chain, 1, 30)
-            assert second.requests["eth_getLogs"]
-            assert [one["endpoint"] for one in logged if one["event"] == "endpoint rested"] == ["node0"]
-            await first.start()
-            taken = second.requests["eth_getLogs"]
-            with capture_logs() as logged:
-                for _ in range(100):
-                    await collected(source, 1, 30)
-                    if first.requests["eth_getLogs"] > used:
-                        break
-                    await asyncio.sleep(0.01)
-            assert first.requests["eth_getLogs"] > used
-            assert second.requests["eth_getLogs"] > taken
-            assert {"event": "endpoint rested: over", "log_level": "info", "endpoint": "node0"} in logged
+        assert second.requests["eth_getLogs"]
+        assert [one["endpoint"] for one in logged if one["event"] == "endpoint rested"] == ["node0"]
+        await first.start()
+        taken = second.requests["eth_getLogs"]
+        with capture_logs() as logged:
+            for _ in range(100):
+                await collected(source, 1, 30)
+                if first.requests["eth_getLogs"] > used:
+                    break
+                await asyncio.sleep(0.01)
+        assert first.requests["eth_getLogs"] > used
+        assert second.requests["eth_getLogs"] > taken
+        assert {"event": "endpoint rested: over", "log_level": "info", "endpoint": "node0"} in logged
 
 
-async def test_one_that_answers_only_half_of_the_questions_is_asked_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_answers_only_half_of_the_questions_is_asked_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is well whenever it is probed, and fails at every block: its rests grow all the same."""
     monkeypatch.setattr(endpoints, "_LONGEST_REST_SECONDS", 10.0)
     chain = chain_of([1] * 300, final_lag=300)
@@ -95,15 +103,26 @@ async def test_one_that_answers_only_half_of_the_questions_is_asked_less_and_les
             assert half.requests["eth_getLogs"] <= 30
 
 
+@pytest.mark.parametrize("message", ["no backend is currently healthy to serve traffic", "503 Service Unavailable"])
+async def test_one_that_is_overloaded_is_left_for_another_at_once(message: str) -> None:
+    """It would be asked for less after a pause; but here is one that can do it now."""
+    chain = chain_of([1] * 200)
+    async with FakeNode(chain, keep_log=True) as tired, FakeNode(chain, keep_log=True) as good:
+        tired.faults.append(fails(None, error(-32011, message, 503, Retry_After="9"), "eth_getLogs"))
+        async with source_of(tired, good, start=200, requests_in_flight=1) as source:
+            assert_whole(await collected(source, 1, 200), chain, 1, 200)
+        assert ranges(tired) == [(1, 200)]
+        assert len(ranges(good)) <= 4
+
+
 async def test_two_nodes_on_two_forks_are_never_mixed_within_a_block() -> None:
     """Two nodes with other blocks at every height, which fail in turn: each block is wholly of one of them."""
     one, other = chain_of([2, 3, 1, 2] * 10, final_lag=8), FakeChain(final_lag=8)
     for n in range(40):
         other.mine([play(1000 + n), play(2000 + n)])
     async with FakeNode(one, keep_log=True) as first, FakeNode(other, keep_log=True) as second:
-        for node, every in ((first, 3), (second, 4)):
-            calls = iter(range(1_000_000))
-            node.faults.append(fails(None, lambda _p, calls=calls, every=every: Fault(500) if next(calls) % every == 0 else None))
+        first.faults.append(every(3, Fault(500)))
+        second.faults.append(every(4, Fault(500)))
         async with source_of(first, second, max_blocks=4, start=4, requests_in_flight=3) as source:
             spans = await collected(source, 1, 40)
     origins = defaultdict(set)
@@ -113,7 +132,8 @@ async def test_two_nodes_on_two_forks_are_never_mixed_within_a_block() -> None:
             origins[chain is one].add(block.number)
             mined = chain.blocks[block.number]
             assert block.hash == mined.hash
-            assert ["0x" + event.tx_hash.hex() for event in block.events] == [log["transactionHash"] for log in mined.logs]
+            transactions = ["0x" + event.tx_hash.hex() for event in block.events]
+            assert transactions == [log["transactionHash"] for log in mined.logs]
             assert block.parent_hash in (None, mined.parent_hash)
         assert span.end.hash in (one.blocks[span.last].hash, other.blocks[span.last].hash)
     assert origins[True] and origins[False]
@@ -203,13 +223,13 @@ async def test_retry_after_is_kept_though_requests_from_before_succeed() -> None
             if method != "eth_getLogs":
                 return None
             times.append(time.monotonic())
-            if len(times) == 1:
+            if len(times) == 4:
                 return error(-32005, "rate limit", 429, Retry_After="0.3")
-            return Fault(delay_seconds=0.05) if len(times) <= 4 else None
+            return Fault(delay_seconds=0.05) if len(times) < 4 else None
 
         node.faults.append(limited)
         assert_whole(await collected(source, 1, 40), chain, 1, 40)
-        assert times[4] - times[0] >= 0.3
+        assert times[4] - times[3] >= 0.3
 
 
 async def test_a_bill_leaves_the_endpoint_alone() -> None:
@@ -302,20 +322,22 @@ async def test_no_key_in_any_text(where: str, caplog: pytest.LogCaptureFixture) 
     await site.start()
     port = runner.addresses[0][1]
     texts: list[str] = []
-    unheard = EndpointSettings.model_validate({"url": f"http://127.0.0.1:{port}{where}", "ws": f"ws://127.0.0.1:{port}{where}"})
+    unheard = EndpointSettings.model_validate(
+        {"url": f"http://127.0.0.1:{port}{where}", "ws": f"ws://127.0.0.1:{port}{where}"}
+    )
     closed = EndpointSettings.model_validate({"url": f"http://127.0.0.1:1{where}", "ws": f"ws://127.0.0.1:1{where}"})
     with capture_logs() as logged:
-        async with source_of(unheard, closed, connect_timeout_seconds=0.5) as source:
+        async with source_of(unheard, closed, connect_timeout_seconds=0.2) as source:
             source.endpoints._thinned._seconds = 0
-            for work in (source.identity(), asyncio.wait_for(source.heads(), 0.5), asyncio.wait_for(source.ref(3), 0.3)):
+            for work in (source.identity(), source.heads(), source.ref(3)):
                 try:
-                    await work
+                    await asyncio.wait_for(work, 0.3)
                 except Exception as failed:
                     texts += [repr(failed), "".join(traceback.format_exception(failed))]
             for endpoint in source.endpoints.all:
                 for n in range(2 * len(modes)):
                     try:
-                        await (endpoint.batch if n % 2 else endpoint.call)("eth_getLogs", [[{}]] if n % 2 else [{}], list[int])
+                        await (endpoint.call("m", [], int) if n % 2 else endpoint.batch("m", [[]], int))
                     except endpoints.RpcTrouble as failed:
                         texts += [repr(failed), "".join(traceback.format_exception(failed)), failed.trouble.message]
                 texts.append(endpoint.last_error)

@@ -5,22 +5,39 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from evmkit import (
-    ADDRESS, OTHER, SIGNATURE, assert_whole, chain_of, collected, error, fails, hasty, like, play, source_of, until,
+    ADDRESS,
+    OTHER,
+    assert_whole,
+    chain_of,
+    collected,
+    error,
+    fails,
+    hasty,
+    like,
+    play,
+    source_of,
+    until,
 )  # fmt: skip
 from structlog.testing import capture_logs
 
-from indexer.config import ContractSettings, EndpointSettings
 from indexer.fakechain import (
-    FakeChain, FakeLog, FakeNode, Fault, empty_logs, logs_bloom, missing_block, null_blocks, old_head,
+    FakeChain,
+    FakeLog,
+    FakeNode,
+    Fault,
+    empty_logs,
+    logs_bloom,
+    missing_block,
+    null_blocks,
+    old_head,
+    slow,
 )  # fmt: skip
-from indexer.sources import evm, newheads
-from indexer.sources.evm import EvmSource
+from indexer.sources import evm, heads
 
 pytestmark = pytest.mark.usefixtures("hasty")
 __all__ = ["hasty"]
@@ -35,17 +52,18 @@ def asked(node: FakeNode, method: str) -> list[Any]:
 async def test_block_by_block_by_hash() -> None:
     chain = chain_of([2, 0, 1, 3, 0, 0], final_lag=FAR)
     async with FakeNode(chain, keep_log=True) as node, source_of(node) as source:
-        spans = await collected(source, 0, 6)
-        assert_whole(spans, chain, 0, 6)
-        assert [span.blocks[0].number for span in spans] == list(range(7))
-        assert {params[0]["blockHash"] for params in asked(node, "eth_getLogs")} == {b.header["hash"] for b in chain.blocks}
+        spans = await collected(source, 1, 6)
+        assert_whole(spans, chain, 1, 6)
+        assert [span.blocks[0].number for span in spans] == list(range(1, 7))
+        hashes = [block.header["hash"] for block in chain.blocks[1:]]
+        assert sorted(params[0]["blockHash"] for params in asked(node, "eth_getLogs")) == sorted(hashes)
 
 
 async def test_history_and_head_meet_at_the_final_block() -> None:
     chain = chain_of([1] * 30, final_lag=10)
     async with FakeNode(chain) as node, source_of(node) as source:
-        heads = await source.heads()
-        assert (heads.newest, heads.final, heads.hash) == (30, 20, chain.head.hash)
+        now = await source.heads()
+        assert (now.newest, now.final, now.hash) == (30, 20, chain.head.hash)
         spans = await collected(source, 5, 30)
         assert_whole(spans, chain, 5, 30)
         assert [span.last for span in spans if span.final][-1] == 20
@@ -71,7 +89,7 @@ async def test_an_empty_answer_is_doubted_until_the_node_has_indexed_the_block()
     async with FakeNode(chain) as node, source_of(node) as source:
         node.faults.append(empty_logs(5, 2))
         assert_whole(await collected(source, 1, 4), chain, 1, 4)
-        assert node.requests["eth_getLogs"] <= 4 + 5
+        assert node.requests["eth_getLogs"] <= 4 + 8
 
 
 async def test_an_empty_answer_is_taken_from_nobody_who_shows_our_logs_unfiltered() -> None:
@@ -138,7 +156,7 @@ async def test_a_node_that_never_shows_whole_blocks_is_believed_after_a_while() 
     [
         lambda: null_blocks(3, 4),
         lambda: missing_block(4, 3),
-        lambda: old_head(2, 4),
+        lambda: fails(4, Fault(behind=2)),
         lambda: fails(3, error(-32000, "unknown block"), "eth_getLogs"),
         lambda: fails(3, Fault(503)),
     ],
@@ -149,8 +167,6 @@ async def test_a_block_that_was_announced_is_waited_for(fault: Callable[[], Any]
     async with FakeNode(chain) as node, source_of(node) as source:
         await source.heads()
         node.faults.append(fault())
-        if "old_head" in str(node.faults):
-            await source.heads()
         assert_whole(await collected(source, 1, 5), chain, 1, 5)
         assert node.requests.total() < 60
 
@@ -177,7 +193,9 @@ def with_field(name: str, value: Any, at: int = -1) -> Callable[[list[dict[str, 
 
 
 LIES: dict[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {
-    "other-block": lambda logs: [{**log, "blockHash": "0x" + "11" * 32} for log in logs],
+    "other-block": lambda logs: [
+        {**log, "blockHash": "0x" + "11" * 32, "topics": [log["topics"][0], "0x" + "99" * 32]} for log in logs
+    ],
     "mixed-blocks": with_field("blockHash", "0x" + "22" * 32),
     "removed": with_field("removed", True, 0),
     "twice": lambda logs: [*logs, logs[-1]],
@@ -240,6 +258,26 @@ async def test_a_block_that_was_replaced_between_its_header_and_its_logs() -> No
         assert await source.ref(5) == chain.blocks[5].ref
 
 
+async def test_a_chain_that_became_shorter_ends_the_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "_PATIENCE_SECONDS", 0.05)
+    chain = chain_of([1] * 8, final_lag=FAR)
+    async with FakeNode(chain) as node, source_of(node) as source:
+        last = (await source.heads()).newest
+        chain.fork(3, [[[play(50)]]])
+        assert_whole(await collected(source, 1, last), chain, 1, 6)
+        now = await source.heads()
+        assert (now.newest, now.hash) == (6, chain.head.hash)
+
+
+async def test_a_block_that_is_slow_to_come_does_not_end_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "_PATIENCE_SECONDS", 0.01)
+    chain = chain_of([1] * 8, final_lag=FAR)
+    async with FakeNode(chain) as node, source_of(node) as source:
+        await source.heads()
+        node.faults.append(slow(0.05, None, ("eth_getLogs",)))
+        assert_whole(await collected(source, 1, 8), chain, 1, 8)
+
+
 # Heads
 
 
@@ -267,12 +305,13 @@ async def test_a_head_that_drops_far_is_looked_for_elsewhere() -> None:
 @pytest.mark.parametrize("confirmations", [0, 7, 64, 500])
 async def test_without_a_finalized_tag_it_is_confirmations(confirmations: int) -> None:
     chain = chain_of([1] * 100)
-    async with FakeNode(chain, supports_finalized=False) as node, source_of(node, confirmations=confirmations) as source:
+    async with FakeNode(chain, supports_finalized=False) as node:
         with capture_logs() as logged:
-            assert (await source.heads()).final == max(100 - confirmations, -1)
-            chain.mine()
-            assert (await source.heads()).final == max(101 - confirmations, -1)
-            assert_whole(await collected(source, 1, 101), chain, 1, 101)
+            async with source_of(node, confirmations=confirmations) as source:
+                assert (await source.heads()).final == max(100 - confirmations, -1)
+                chain.mine()
+                assert (await source.heads()).final == max(101 - confirmations, -1)
+                assert_whole(await collected(source, 1, 101), chain, 1, 101)
         assert [one["event"] for one in logged] == ["no finalized tag"]
 
 
@@ -327,101 +366,3 @@ async def test_poll_seconds_follow_the_chain() -> None:
         assert source.poll_seconds == 1.5
     async with FakeNode(chain) as node, source_of(node, poll_seconds=0.7) as source:
         assert source.poll_seconds == 0.7
-
-
-# WebSocket
-
-
-def speaking(node: FakeNode) -> EndpointSettings:
-    return EndpointSettings.model_validate({"url": node.url, "ws": node.ws_url, "name": "ws"})
-
-
-async def subscribed(node: FakeNode, times: int = 1) -> None:
-    await until(lambda: node.requests["eth_subscribe"] >= times)
-    await asyncio.sleep(0.05)
-
-
-async def test_new_heads_wake_at_once_and_bring_the_header() -> None:
-    chain = chain_of([1] * 5, final_lag=FAR)
-    async with FakeNode(chain, keep_log=True) as node, source_of(speaking(node), poll_seconds=5) as source:
-        await subscribed(node)
-        await source.heads()
-        node.requests.clear()
-        asyncio.get_running_loop().call_later(0.05, lambda: chain.mine([play(8)]))
-        started = time.monotonic()
-        await source.wait(5)
-        assert time.monotonic() - started < 1
-        heads = await source.heads()
-        assert (heads.newest, heads.hash) == (6, chain.head.hash)
-        assert_whole(await collected(source, 6, 6), chain, 6, 6)
-        assert node.requests == {"eth_getLogs": 1}
-
-
-async def test_new_heads_of_chains_with_signatures_in_extra_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on BSC and Polygon; web3 refuses such headers by default."""
-    chain = chain_of([1], final_lag=FAR)
-    async with FakeNode(chain) as node, source_of(speaking(node), poll_seconds=5) as source:
-        await subscribed(node)
-        from indexer.fakechain import chain as module
-
-        monkeypatch.setitem(module._FILLING, "extraData", "0x" + "11" * 97)
-        chain.mine()
-        await source.wait(2)
-        assert source._newheads.take() is not None
-
-
-async def test_an_announced_block_that_was_replaced_is_asked_for_anew() -> None:
-    chain = chain_of([1] * 5, final_lag=FAR)
-    async with FakeNode(chain) as node, source_of(speaking(node), poll_seconds=5) as source:
-        await subscribed(node)
-        chain.mine([play(8)])
-        await source.wait(5)
-        assert (await source.heads()).newest == 6
-        node.muted = True
-        chain.fork(1, [[[play(9)]]])
-        assert_whole(await collected(source, 6, 6), chain, 6, 6)
-
-
-async def test_when_the_socket_is_killed_polling_goes_on_and_it_comes_back() -> None:
-    chain = chain_of([1] * 5, final_lag=FAR)
-    async with FakeNode(chain) as node, source_of(speaking(node), poll_seconds=0.05) as source:
-        await subscribed(node)
-        for round_ in (1, 2):
-            with capture_logs() as logged:
-                await node.drop_sockets()
-                chain.mine([play(8)])
-                await source.wait(1)
-                assert (await source.heads()).newest == chain.head.number
-                await subscribed(node, round_ + 1)
-            said = [one["event"] for one in logged if one["event"].startswith("new heads")]
-            assert said == ["new heads silent", "new heads silent: over"]
-        chain.mine()
-        await until(lambda: source._newheads._announced is not None)
-        assert (await source.heads()).newest == 8
-
-
-async def test_a_silent_subscription_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(newheads, "_SILENT_SECONDS", 0.1)
-    chain = chain_of([1] * 5, final_lag=FAR)
-    async with FakeNode(chain) as node, source_of(speaking(node), poll_seconds=0.02) as source:
-        await subscribed(node)
-        node.muted = True
-        chain.mine()
-        with capture_logs() as logged:
-            await source.wait(1)
-            assert (await source.heads()).newest == 6
-            await subscribed(node, 2)
-        assert [one["reason"] for one in logged if one["event"] == "new heads silent"] == ["silent while blocks come"]
-        node.muted = False
-        chain.mine()
-        await source.wait(1)
-        assert (await source.heads()).newest == 7
-
-
-async def test_a_socket_that_is_not_there_costs_nothing_but_a_warning() -> None:
-    chain = chain_of([1] * 5, final_lag=FAR)
-    async with FakeNode(chain, ws=False) as node, source_of(speaking(node)) as source:
-        with capture_logs() as logged:
-            await until(lambda: any(one["event"] == "new heads silent" for one in logged))
-            assert_whole(await collected(source, 1, 5), chain, 1, 5)
-        assert len([one for one in logged if one["event"] == "new heads silent"]) == 1

@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 from evmkit import (
-    ADDRESS, LIKED, OTHER, SIGNATURE, assert_whole, chain_of, collected, hasty, like, play, ranges, source_of, until,
+    ADDRESS,
+    LIKED,
+    OTHER,
+    SIGNATURE,
+    assert_whole,
+    chain_of,
+    collected,
+    hasty,
+    like,
+    play,
+    ranges,
+    source_of,
+    until,
 )  # fmt: skip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +30,7 @@ from indexer.config import ContractSettings
 from indexer.fakechain import FakeChain, FakeLog, FakeNode, Fault, limit_range, limit_results, slow
 from indexer.model import Span
 from indexer.sources import history
+from indexer.sources.ranges import EventTarget
 
 pytestmark = pytest.mark.usefixtures("hasty")
 __all__ = ["hasty"]
@@ -46,6 +59,7 @@ def test_spans_cover_exactly_what_was_asked_for(monkeypatch: pytest.MonkeyPatch,
         )
     ]  # fmt: skip
     faults += [limit_results(data.draw(st.integers(5, 20), "limit_results"), -32005, "too many logs")]
+    start = data.draw(st.integers(1, 70), "start")
     with_times = data.draw(st.booleans(), "block_timestamp_in_logs")
 
     joined = history._joined
@@ -57,7 +71,7 @@ def test_spans_cover_exactly_what_was_asked_for(monkeypatch: pytest.MonkeyPatch,
     async def check() -> None:
         async with (
             FakeNode(chain, block_timestamp_in_logs=with_times, keep_log=True) as node,
-            source_of(node, max_events=target, requests_in_flight=in_flight, start=data.draw(st.integers(1, 70))) as source,
+            source_of(node, max_events=target, requests_in_flight=in_flight, start=start) as source,
         ):
             node.faults.extend(faults)
             spans = await collected(source, first, last)
@@ -87,15 +101,17 @@ async def test_what_is_ready_is_joined_up_to_the_target() -> None:
 
 async def test_ranges_in_flight_are_bounded_while_nobody_takes_them() -> None:
     chain = chain_of([3] * 600)
-    async with FakeNode(chain, keep_log=True) as node:
-        async with source_of(node, max_blocks=10, max_events=10_000, requests_in_flight=3, start=10) as source:
-            spans = source.spans(1, 600)
-            for _ in range(3):
-                taken = await anext(spans)
-                assert taken.last - taken.first + 1 <= 30
-                await asyncio.sleep(0.05)
-                assert max(ranges(node))[1] == taken.last + 30
-            await spans.aclose()
+    async with (
+        FakeNode(chain, keep_log=True) as node,
+        source_of(node, max_blocks=10, max_events=10_000, requests_in_flight=3, start=10) as source,
+    ):
+        spans = source.spans(1, 600)
+        for _ in range(3):
+            taken = await anext(spans)
+            assert taken.last - taken.first + 1 <= 30
+            await asyncio.sleep(0.05)
+            assert max(ranges(node))[1] == taken.last + 30
+        await spans.aclose()
 
 
 @pytest.mark.parametrize("final_lag", [0, 500])
@@ -112,7 +128,7 @@ async def test_closing_early_leaves_nothing_behind(
         for _ in range(taken):
             await anext(spans)
         await spans.aclose()
-        assert {task for task in asyncio.all_tasks() - before if "fetch" in repr(task) or "sources" in repr(task)} == set()
+        assert not [task for task in asyncio.all_tasks() - before if "indexer/sources" in repr(task)]
         del spans
     gc.collect()
     assert not caplog.records
@@ -213,3 +229,16 @@ async def test_what_cannot_be_decoded_is_kept_raw_and_its_neighbours_are_whole(f
         assert ("0x" + one.data.hex(), ["0x" + topic.hex() for topic in one.topics]) == (log["data"], log["topics"])
         assert "0x" + one.tx_hash.hex() == log["transactionHash"]
         assert one.error
+
+
+def test_spans_shrink_where_their_transaction_takes_too_long_and_grow_back() -> None:
+    target = EventTarget(5_000, 2.0)
+    target.took(8.0)
+    assert target.events == 1_250
+    target.took(1.0)
+    assert target.events == 1_376
+    for _ in range(40):
+        target.took(0.1)
+    assert target.events == 5_000
+    target.took(1e9)
+    assert target.events == 1

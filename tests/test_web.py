@@ -18,9 +18,9 @@ pytestmark = pytest.mark.timeout(90)
 # What operators rely on; names are fixed, labels bounded: never a contract, a track or a person.
 ENGINE = {
     "info", "head_block", "final_block", "cursor_block", "lag_blocks", "lag_seconds", "leader", "halted",
-    "blocks_total", "events_total", "spans_total", "rows_total", "span_seconds", "hook_seconds", "hook_failures_total", "gap_blocks",
-    "quarantined_total", "skipped_total", "stalled_seconds", "rpc_requests_total", "rpc_seconds", "rpc_range_blocks",
-    "endpoint_healthy", "db_pool_connections",
+    "blocks_total", "events_total", "spans_total", "rows_total", "span_seconds", "hook_seconds",
+    "hook_failures_total", "gap_blocks", "quarantined_total", "skipped_total", "stalled_seconds",
+    "rpc_requests_total", "rpc_seconds", "rpc_range_blocks", "endpoint_healthy", "db_pool_connections",
 }  # fmt: skip
 LATER = {
     "reorgs_total", "reorg_depth", "journal_rows", "jobs", "job_oldest_seconds", "job_seconds", "job_outcomes_total",
@@ -84,7 +84,7 @@ async def check_page(daemon: Daemon) -> None:
 
 
 async def check_metrics(daemon: Daemon, connection: asyncpg.Connection) -> None:
-    status, body = await daemon.get("metrics")
+    _, body = await daemon.get("metrics")
     names = {
         line.split()[2].removeprefix("indexer_") for line in body.splitlines() if line.startswith("# TYPE indexer_")
     }
@@ -132,7 +132,7 @@ async def test_a_stalled_daemon_fails_its_liveness_until_it_moves(
             status, ready = await daemon.get_json("readyz")
             assert (status, ready["ready"], ready["reason"], ready["lag_blocks"]) == (503, False, "stalled", 1)
             facts = (await daemon.get_json("status.json"))[1]
-            assert facts["stalled_seconds"] > 1.5 and facts["endpoints"][0]["healthy"] in (True, False)
+            assert facts["stalled_seconds"] >= 1.5 and facts["head"] == 31
             node.faults.clear()
             await daemon.reached(connection, 31)
             assert (await daemon.get("livez"))[0] == (await daemon.get("readyz"))[0] == 200

@@ -112,7 +112,7 @@ class Endpoints:
         if trouble.kind is Kind.BILLING:
             seconds = min(_BILLING_REST_SECONDS * doublings, _LONGEST_BILLING_REST_SECONDS)
         elif trouble.retry_after:
-            seconds = trouble.retry_after
+            seconds = max(trouble.retry_after, _FIRST_REST_SECONDS)
         elif trouble.kind is Kind.RATE_LIMITED:
             seconds = max(seconds, _RATE_REST_SECONDS)
         elif trouble.kind is Kind.BEHIND:

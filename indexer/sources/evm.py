@@ -17,7 +17,7 @@ from indexer.sources.heads import HeadBlocks
 from indexer.sources.history import History
 from indexer.sources.newheads import NewHeads
 from indexer.sources.provider_errors import Kind
-from indexer.sources.ranges import RangeSize
+from indexer.sources.ranges import EventTarget, RangeSize
 from indexer.sources.rpc import Endpoint, RpcTrouble
 from indexer.sources.wire import Header, MaybeHeader, check_header, to_bytes
 
@@ -32,14 +32,15 @@ _FAR_BLOCKS = 10
 
 
 class EvmSource:
-    """A BlockSource on JSON-RPC endpoints. `target_events` is how many events one span should hold."""
+    """A BlockSource on JSON-RPC endpoints."""
 
     def __init__(self, chain: ChainSettings, contracts: Sequence[ContractSettings], span: SpanSettings) -> None:
         self.contracts = Contracts(contracts)
         self.endpoints = Endpoints(chain)
-        self.target_events = span.max_events
         self._settings = chain
-        self._history = History(chain, self.endpoints, self.contracts, RangeSize(max_blocks=span.max_blocks))
+        self._target = EventTarget(span.max_events, span.max_seconds)
+        size = RangeSize(max_blocks=span.max_blocks)
+        self._history = History(chain, self.endpoints, self.contracts, size, self._target)
         self._head = HeadBlocks(chain, self.endpoints, self.contracts)
         self._newheads = NewHeads(self.endpoints.all)
         self._heads: Heads | None = None
@@ -52,6 +53,10 @@ class EvmSource:
     async def identity(self) -> str:
         """The chain id in decimal; raises RpcUnavailable where no endpoint answers in time."""
         return await self.endpoints.identity()
+
+    def took(self, seconds: float) -> None:
+        """A span's transaction took so long: the next ones hold fewer events if that was too long."""
+        self._target.took(seconds)
 
     async def close(self) -> None:
         await self._newheads.close()
@@ -131,12 +136,15 @@ class EvmSource:
     # -- spans ---------------------------------------------------------------------------------------------------
 
     async def spans(self, first: int, last: int) -> AsyncGenerator[Span, None]:
-        """The blocks `first` to `last`: many to a span below the finalised head, one above it."""
+        """The blocks `first` to `last`: many to a span below the finalised head, one above it.
+
+        Above it they end early where the chain turns out to be shorter; the next question for the head says so.
+        """
         heads = self._heads or await self.heads()
         final = min(heads.final, last)
         # closed explicitly: else what was fetched ahead would live on for a while after we are closed
         if first <= final:
-            async with aclosing(self._history.spans(first, final, self.target_events)) as spans:
+            async with aclosing(self._history.spans(first, final)) as spans:
                 async for span in spans:
                     yield span
         if final < last:

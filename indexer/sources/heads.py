@@ -12,7 +12,7 @@ from indexer.config import ChainSettings
 from indexer.model import Block, Quarantined
 from indexer.sources import queries
 from indexer.sources.contracts import Contracts
-from indexer.sources.endpoints import Endpoints
+from indexer.sources.endpoints import Endpoints, newest
 from indexer.sources.provider_errors import Kind
 from indexer.sources.rpc import Endpoint, RpcTrouble
 from indexer.sources.wire import Header, Log, in_order, to_bytes
@@ -21,6 +21,8 @@ Whole = tuple[Block, tuple[Quarantined, ...]]
 
 # How often an empty answer is asked for again where the node refuses to show the whole block.
 _DOUBTS = 5
+# After so long without a block, it is asked whether the chain goes so far at all.
+_PATIENCE_SECONDS = 2.0
 
 
 class HeadBlocks:
@@ -31,7 +33,10 @@ class HeadBlocks:
         self._doubts: dict[str, int] = {}
 
     async def blocks(self, first: int, last: int) -> AsyncGenerator[Whole, None]:
-        """The blocks in order, each whole from one endpoint, a few fetched ahead."""
+        """The blocks in order, each whole from one endpoint, a few fetched ahead.
+
+        Ends early where the chain does: after a reorganisation it may be shorter for a while, or a dev chain for good.
+        """
         ahead: deque[asyncio.Task[Whole]] = deque()
         position = first
 
@@ -44,6 +49,8 @@ class HeadBlocks:
         try:
             fetch_ahead()
             while ahead:
+                if await self._gone(ahead[0], position - len(ahead)):
+                    return
                 whole = await ahead.popleft()
                 fetch_ahead()
                 yield whole
@@ -51,6 +58,13 @@ class HeadBlocks:
             for task in ahead:
                 task.cancel()
             await asyncio.gather(*ahead, return_exceptions=True)
+
+    async def _gone(self, block: asyncio.Task[Whole], number: int) -> bool:
+        """Wait for a block; true if it does not come since the chain ends before it."""
+        while not (await asyncio.wait({block}, timeout=_PATIENCE_SECONDS))[0]:
+            if int((await self._endpoints.run(newest)).number, 16) < number:
+                return not block.done()
+        return False
 
     async def _block(self, number: int) -> Whole:
         started = time.perf_counter()

@@ -16,7 +16,7 @@ from indexer.sources import queries
 from indexer.sources.contracts import Contracts
 from indexer.sources.endpoints import Endpoints
 from indexer.sources.provider_errors import Kind, too_large
-from indexer.sources.ranges import RangeSize
+from indexer.sources.ranges import EventTarget, RangeSize
 from indexer.sources.rpc import Endpoint, RpcTrouble
 from indexer.sources.wire import Header, Impossible, Log, in_order, to_bytes
 
@@ -35,13 +35,15 @@ class _Piece(msgspec.Struct):
 
 
 class History:
-    """Reads ranges of final blocks. `target_events` is how many events one span should hold."""
+    """Reads ranges of final blocks. `target` is how many events one span should hold."""
 
-    def __init__(self, settings: ChainSettings, endpoints: Endpoints, contracts: Contracts, size: RangeSize) -> None:
-        self._endpoints, self._contracts = endpoints, contracts
+    def __init__(
+        self, settings: ChainSettings, endpoints: Endpoints, contracts: Contracts, size: RangeSize, target: EventTarget
+    ) -> None:
+        self._endpoints, self._contracts, self._target = endpoints, contracts, target
         self._in_flight, self._size = settings.requests_in_flight, size
 
-    async def spans(self, first: int, last: int, target_events: int) -> AsyncGenerator[Span, None]:
+    async def spans(self, first: int, last: int) -> AsyncGenerator[Span, None]:
         """The blocks in order. What is ready when the last span is committed goes into the next together."""
         ahead: deque[asyncio.Task[Span]] = deque()
         position = first
@@ -50,14 +52,14 @@ class History:
             nonlocal position
             while len(ahead) < self._in_flight and position <= last:
                 end = min(position + self._range_blocks() - 1, last)
-                ahead.append(asyncio.create_task(self._range(position, end, target_events)))
+                ahead.append(asyncio.create_task(self._range(position, end)))
                 position = end + 1
 
         try:
             fetch_ahead()
             while ahead:
                 span = await ahead.popleft()
-                ready = _ready(ahead, target_events - span.events)
+                ready = _ready(ahead, self._target.events - span.events)
                 fetch_ahead()
                 yield _joined(span, ready) if ready else span
         finally:
@@ -69,20 +71,20 @@ class History:
         limit = self._endpoints.best().max_blocks
         return min(self._size.blocks, limit * _MOST_PIECES) if limit else self._size.blocks
 
-    async def _range(self, first: int, last: int, target_events: int) -> Span:
+    async def _range(self, first: int, last: int) -> Span:
         """A range's events and the header of its last block. What an endpoint gave stays, though another goes on."""
         started, blocks = time.perf_counter(), list[Block]()
         quarantined, header, logs, position = list[Quarantined](), None, 0, first
         size = RangeSize(max_blocks=last - first + 1, start=last - first + 1)
         while position <= last:
             piece = await self._endpoints.run(lambda one, at=position: self._piece(one, at, last, size))  # type: ignore[misc]
-            size.went_well(piece.last - position + 1, piece.logs, target_events)
+            size.went_well(piece.last - position + 1, piece.logs, self._target.events)
             blocks += piece.blocks
             quarantined += piece.quarantined
             header, logs, position = piece.header, logs + piece.logs, piece.last + 1
         assert header is not None
         metrics.span_seconds.labels("fetch").observe(time.perf_counter() - started)
-        self._size.went_well(last - first + 1, logs, target_events)
+        self._size.went_well(last - first + 1, logs, self._target.events)
         end = BlockRef(last, to_bytes(header.hash))
         return Span(first, last, tuple(blocks), end, int(header.timestamp, 16), True, tuple(quarantined))
 

@@ -28,3 +28,18 @@ class RangeSize:
         self._ceiling = min(self._ceiling * _PROBE_GROWTH + 0.1, self._max_blocks)
         wanted = blocks * target_events / events if events else blocks * 2.0
         self.blocks = max(1, int(min(wanted, self.blocks * 2, self._ceiling)))
+
+
+class EventTarget:
+    """How many events one span should hold: the configured number, or fewer where their transaction takes too long."""
+
+    def __init__(self, max_events: int, max_seconds: float) -> None:
+        self._max_events, self._max_seconds = max_events, max_seconds
+        self.events = max_events
+
+    def took(self, seconds: float) -> None:
+        """Learn from a span's transaction: in proportion where it was too long, and slowly back."""
+        if seconds > self._max_seconds:
+            self.events = max(1, int(self.events * self._max_seconds / seconds))
+        else:
+            self.events = min(self._max_events, self.events + self.events // 10 + 1)
