@@ -12,7 +12,7 @@ ARGS    ?=
 LOCKS   ?= .
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench lock clean install anvil
+.PHONY: help demo test chaos lint bench lock clean install anvil
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -86,6 +86,9 @@ demo: $(DEMO) anvil ## a chain, a database and the rows, on this machine (SECOND
 test: STRICT := yes
 test: $(VENV)/.dev anvil ## all tests (ARGS="tests/test_x.py -k name")
 	@exec $(BIN)/python -m pytest $(ARGS)
+
+chaos: $(VENV)/.dev ## random histories of forks, lies and deaths (SECONDS=600; CHAOS_SEED=17 tells one again)
+	@exec $(BIN)/python tests/chaos.py --seconds $(or $(SECONDS),60) $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -156,11 +156,12 @@ async def _retry(replayer: Replayer, wanted: Sequence[dict[str, Any]], as_json: 
     """Replay the failed blocks for the failed hooks and for those that come after; 1 where something is left."""
     from indexer import ledger
 
+    wanted = [one for one in wanted if one["resolved_at"] is None]
     for one in wanted:
-        if one["policy"] == "halt" and one["resolved_at"] is None:
+        if one["policy"] == "halt":
             what = f"failure {one['id']} halted the daemon"
             typer.echo(f"{what}: start it, and it tries block {one['first']} again", err=True)
-    skips = [one for one in wanted if one["policy"] == "skip" and one["resolved_at"] is None]
+    skips = [one for one in wanted if one["policy"] == "skip"]
     facts = await _carry_out(replayer, await replayer.plan_retry(skips))
     open_ = await ledger.open_failures(replayer.connection, replayer.chain.id)
     left = [one for one in open_ if one["id"] in {one["id"] for one in wanted}]
@@ -241,7 +242,9 @@ async def _carry_out(replayer: Replayer, plan: Sequence[Segment]) -> dict[str, A
     with progress.bar:
         async for applied in replayer.replay(plan):
             progress.add(applied)
-    return {**progress.facts, "failures": [str(one) for one in replayer.failures]}
+    filled = {name for one in plan for name in one.fill}
+    derived = [one.name for one in replayer.hooks if one.name in filled and getattr(one.hook, "derived", None)]
+    return {**progress.facts, "failures": [str(one) for one in replayer.failures], "verify": derived}
 
 
 # -- what is printed -----------------------------------------------------------------------------------------------
@@ -251,7 +254,12 @@ def _described(facts: dict[str, Any]) -> str:
     if not facts["planned"]:
         return "nothing to do: all of these blocks are applied (replay --force applies them again)"
     done = f"replayed {facts['blocks']:,} blocks with {facts['events']:,} events: {facts['rows']:,} rows"
-    return "\n".join([f"{done} in {facts['seconds']} s", *(f"left out: {one}" for one in facts["failures"])])
+    lines = [f"{done} in {facts['seconds']} s", *(f"left out: {one}" for one in facts["failures"])]
+    if facts["verify"]:
+        # which play was the tenth was said without those that were missing then: that is for a rebuild to mend
+        commands = ", ".join(f"indexer verify {name}" for name in facts["verify"])
+        lines.append(f"rows that depend on the order of blocks may differ from a run without holes: {commands}")
+    return "\n".join(lines)
 
 
 def _print_rehearsal(found: Rehearsal, as_json: bool) -> None:

@@ -41,7 +41,9 @@ def is_transient(error: BaseException) -> bool:
         state = error.sqlstate or ""
         return state[:2] in _TRANSIENT_CLASSES or state in _TRANSIENT_STATES
     if isinstance(error, asyncpg.InterfaceError):
-        return "connection" in str(error)
+        # a rollback on a connection that broke just now may find the broken statement "in progress" still
+        before = error.__context__
+        return "connection" in str(error) or (before is not None and is_transient(before))
     # asyncpg loses its place where the server has ended the session while we did not look: a leader that was paused
     return isinstance(error, (OSError, TimeoutError, asyncpg.InternalClientError))
 

@@ -41,6 +41,8 @@ class Follower:
         self.connection, self.source, self.pipeline, self.state = connection, source, pipeline, state
         self.at = cursor.ref
         self._spans: AsyncIterator[Span] | None = None
+        # up to here the journal is gone
+        self._pruned = cursor.heads.final if cursor.heads else -1
         self._said_at = self._heads_at = 0.0
         state.at(cursor.ref.number, cursor.block_time)
 
@@ -70,6 +72,7 @@ class Follower:
             async with aclosing(self.pipeline.apply(self.connection, self.at, span, self.pace)) as parts:
                 async for applied in parts:
                     self.at = applied.span.end
+                    self._pruned = max(self._pruned, self.state.heads.final)
                     self.state.committed(applied.span)
                     self.source.took(applied.seconds)
                     self._say(applied)
@@ -156,7 +159,7 @@ class Follower:
         oldest, start = window[-1], self.pipeline.chain.start_block
         if newest < oldest.number:
             return None  # a node that syncs
-        if oldest.number == start and self.state.heads.final < start:
+        if oldest.number == start and self._pruned < start:
             return BlockRef(start - 1, b"")
         raise DeepReorg(
             f"the chain was reorganised below its final block: block {oldest.number} is 0x{oldest.hash.hex()} here, "
@@ -180,6 +183,8 @@ class Follower:
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})  # awaited itself, it would hide a cancellation of our own
+                if not task.cancelled():
+                    task.exception()  # taken note of: how a thing ends that nobody waits for any more is no news
 
     async def beat(self) -> None:
         with translated():

@@ -413,7 +413,7 @@ async def open_failures(connection: Connection, chain: int) -> list[dict[str, An
     """The failures that nothing has resolved yet, oldest first."""
     rows = await connection.fetch(
         """
-        select id, hook, first, last, policy, error, failed_at from indexer.failure
+        select id, hook, first, last, policy, error, failed_at, resolved_at from indexer.failure
         where chain = $1 and resolved_at is null
         order by id
         """,

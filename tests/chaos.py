@@ -31,7 +31,7 @@ from oracle import Oracle, dump
 from hooks.aggregates import Aggregates
 from hooks.milestones import Milestones
 from hooks.plays import Plays
-from indexer import ledger
+from indexer import ledger, metrics
 from indexer.config import ChainSettings, DatabaseSettings, EndpointSettings, HookSettings, SpanSettings
 from indexer.db import Connection, Database
 from indexer.fakechain import FakeBlock, FakeChain, FakeLog, FakeNode
@@ -68,10 +68,12 @@ class ChaosDatabase(Database):
 class History:
     """One random history. `story` is what happened, to be printed if it ends badly."""
 
-    def __init__(self, database: ChaosDatabase, connection: asyncpg.Connection, seed: int) -> None:
+    def __init__(
+        self, database: ChaosDatabase, connection: asyncpg.Connection, seed: int, lag: int | None = None
+    ) -> None:
         self.database, self.connection, self.seed = database, connection, seed
         self.chance = random.Random(seed)
-        self.lag = self.chance.randint(2, 12)
+        self.lag = lag or self.chance.randint(2, 8)
         self.chain = FakeChain(final_lag=self.lag, block_seconds=1)
         self.node = FakeNode(self.chain, supports_finalized=self.chance.random() < 0.7)
         self.final = 0  # no fork goes below
@@ -81,26 +83,36 @@ class History:
 
     async def run(self) -> None:
         await self._clean()
-        self._mine(self.chance.randint(1, 12))
-        database, chance = self.database, self.chance
-        database.chance, database.doomed = chance, chance.choice((0.0, 0.3, 0.6))
-        with hasty(chance.choice((0.002, 0.02, 1.0))):
+        with hasty(self.chance.choice((0.002, 0.02, 1.0))):
             try:
-                self._start()
-                for _ in range(chance.randint(4, 12)):
-                    await self._something()
-                    await asyncio.sleep(chance.choice((0, 0, 0.001, 0.004, 0.012)))
+                await self.blows()
                 await self._calm_down()
             finally:
-                await self._stop_all()
+                await self.stop()
         await self._compare()
+
+    async def blows(self) -> None:
+        chance = self.chance
+        self.database.chance, self.database.doomed = chance, chance.choice((0.0, 0.3, 0.6))
+        self.mine(chance.randint(1, 6))
+        self.start()
+        for _ in range(chance.randint(3, 8)):
+            await self._something()
+            await self._while(chance.choice((0, 0.002, 0.01, 0.5, 0.5)))
+
+    async def _while(self, seconds: float) -> None:
+        """Let the daemon work for so long, or until it is at the head: the next blow is to fall on something."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not any(one.cursor == self.chain.head.number for one in self.states):
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
 
     # -- what happens ----------------------------------------------------------------------------------------------
 
     async def _something(self) -> None:
         blows: list[tuple[int, Callable[[], Any]]] = [
-            (8, lambda: self._mine(self.chance.randint(1, 4))),
-            (7, self._fork),
+            (8, lambda: self.mine(self.chance.randint(1, 4))),
+            (9, self._fork),
             (6, self._lie),
             (3, self._kill_backend),
             (2, self._kill_daemon),
@@ -119,7 +131,7 @@ class History:
         many = self.chance.choice((0, 0, 1, 2, 3, 6))
         return [[self.chance.choice(LOGS)] for _ in range(many)]
 
-    def _mine(self, blocks: int) -> None:
+    def mine(self, blocks: int) -> None:
         for _ in range(blocks):
             self.chain.mine(*self._block())
         self._finalise()
@@ -130,10 +142,11 @@ class History:
 
     def _fork(self) -> None:
         deepest = self.chain.head.number - self.final
-        if not deepest:
-            return
-        depth = self.chance.choice((1, deepest, self.chance.randint(1, deepest)))
-        blocks = max(0, depth + self.chance.choice((-2, -1, 0, 0, 1, 1, 2, 5)))
+        if deepest:
+            depth = self.chance.choice((1, deepest, self.chance.randint(1, deepest)))
+            self.fork(depth, max(0, depth + self.chance.choice((-2, -1, 0, 0, 1, 1, 2, 5))))
+
+    def fork(self, depth: int, blocks: int) -> None:
         blocks = max(blocks, 1 + depth - self.chain.head.number)  # a chain that ends before the start block is none
         # some of what was there comes again, at another place
         again = [list(map(list, block.transactions)) for block in self.chain.blocks[-depth:]]
@@ -157,25 +170,25 @@ class History:
 
     async def _kill_daemon(self) -> None:
         self._note("killed the daemon")
-        await self._stop_all()
-        self._start()
+        await self.stop()
+        self.start()
 
     async def _mine_while_away(self) -> None:
         """Forks and more blocks while nobody looks: perhaps so many that the fork is final by then."""
         self._note("went away")
-        await self._stop_all()
+        await self.stop()
         self._fork()
-        self._mine(self.chance.choice((0, 1, 3, 2 * self.lag)))
-        self._start()
+        self.mine(self.chance.choice((0, 1, 3, 2 * self.lag)))
+        self.start()
 
     def _second_daemon(self) -> None:
         if len(self.daemons) < 2:
             self._note("started another daemon")
-            self._start()
+            self.start()
 
     # -- the daemon ------------------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def start(self) -> None:
         self.daemons.append(asyncio.create_task(self._daemon()))
 
     async def _daemon(self) -> None:
@@ -195,8 +208,8 @@ class History:
         finally:
             await source.close()
 
-    async def _stop_all(self) -> None:
-        daemons, self.daemons = self.daemons, []
+    async def stop(self) -> None:
+        daemons, self.daemons, self.states = self.daemons, [], []
         failed = [one for one in daemons if one.done()]
         for one in daemons:
             one.cancel()
@@ -224,9 +237,13 @@ class History:
         """No more blows: the daemon is to arrive at the chain's head."""
         self.node.faults.clear()
         self.database.doomed = 0.0
+        self.mine(1)  # a chain that only lost its newest blocks can't be told from a node that lags
         self._note("quiet")
-        deadline = time.monotonic() + QUIET_SECONDS
-        head = self.chain.head.ref
+        await self.arrive()
+
+    async def arrive(self) -> None:
+        """Wait until the daemon is at the chain's head."""
+        deadline, head = time.monotonic() + QUIET_SECONDS, self.chain.head.ref
         while not await self._arrived(head):
             for one in self.daemons:
                 if one.done():
@@ -297,6 +314,11 @@ async def histories(url: str, first_seed: int, *, number: int = 10**9, seconds: 
     return ran
 
 
+def reorgs() -> float:
+    """How many were undone in this process."""
+    return metrics.registry.get_sample_value("indexer_reorgs_total", {"chain": "main"}) or 0.0
+
+
 def quiet() -> None:
     """What goes wrong is on purpose: no log of it."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
@@ -314,7 +336,7 @@ def main() -> int:
     if asked.database:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             ran = runner.run(histories(asked.database, asked.seed, number=asked.histories, seconds=asked.seconds))
-        print(ran)
+        print(ran, int(reorgs()), sep="\n")
         return 0
     with server() as address, ExitStack() as stack:
         databases = Databases(address)
@@ -342,9 +364,11 @@ def run_workers(urls: Sequence[str], seed: int, number: int, seconds: float) -> 
             with suppress(ProcessLookupError):
                 worker.kill()
     failed = sum(worker.returncode != 0 for worker in workers)
-    ran = sum(int(text) for text in said if text.strip().isdigit())
+    ran, undone = (sum(int(text.split()[place]) for text in said if text.strip()) for place in (0, 1))
     passed = time.monotonic() - started
-    print(f"{ran} histories in {passed:.1f} s, {ran / passed:.1f} a second; {failed} workers failed", flush=True)
+    print(
+        f"{ran} histories in {passed:.1f} s, {ran / passed:.1f} a second; {undone} reorganisations undone", flush=True
+    )
     return failed
 
 

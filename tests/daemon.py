@@ -113,9 +113,10 @@ def _json(text: str) -> dict[str, Any] | None:
 
 # Runs commands in processes of their own that need not import everything anew: forked, one for each line that it reads.
 _FORKS = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 import indexer.app, indexer.config_report, indexer.demo, indexer.progress, indexer.status
 from indexer.cli import main
+gc.freeze()  # what is shared with a child stays shared
 for line in sys.stdin:
     asked = json.loads(line)
     if (child := os.fork()) == 0:
@@ -126,8 +127,11 @@ for line in sys.stdin:
         for number, name in enumerate((os.devnull, *asked["files"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
         sys.argv = ["indexer", *asked["arguments"]]
-        main()
-        sys.exit()
+        try:
+            main()
+        except SystemExit as end:  # a whole interpreter's tidy end takes longer than the command
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(end.code or 0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 

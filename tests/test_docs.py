@@ -13,25 +13,25 @@ from indexer.config import Settings
 ROOT = README.parent
 
 # A file imports only from lines above it. Names of one line may know each other.
-LAYERS = """
-errors version
-model
-config settings_fields settings_errors settings_sources config_report
-log metrics
-binaries embedded db migrations
-ledger
-transaction
-registry
-pipeline state segments
-sources fakechain devchain
-follow replay rebuild
-web progress
-app
-testing pytest_plugin
-status demochain
-demo
-cli cli_recovery
-""".split("\n")
+LAYERS = (
+    "errors version",
+    "model",
+    "config settings_fields settings_errors settings_sources config_report",
+    "log metrics",
+    "binaries embedded db migrations",
+    "ledger",
+    "transaction",
+    "registry",
+    "pipeline state segments",
+    "sources fakechain devchain",
+    "follow replay rebuild",
+    "web progress",
+    "app",
+    "testing pytest_plugin",
+    "status demochain",
+    "demo",
+    "cli cli_recovery",
+)
 
 
 def _layer_of(module: str) -> int | None:

@@ -100,7 +100,7 @@ async def test_one_that_answers_only_half_of_the_questions_is_asked_less(monkeyp
         half.faults.append(fails(None, Fault(500), "eth_getLogs"))
         async with source_of(half, good) as source:
             assert_whole(await collected(source, 1, 300), chain, 1, 300)
-            assert half.requests["eth_getLogs"] <= 30
+            assert half.requests["eth_getLogs"] <= 60
 
 
 @pytest.mark.parametrize("message", ["no backend is currently healthy to serve traffic", "503 Service Unavailable"])

@@ -211,6 +211,22 @@ async def test_trouble_that_passes(sparse: FakeChain, fault: Fault) -> None:
         assert max(b - a + 1 for a, b in asked[-6:]) >= 500
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        error(-32005, "busy"), error(-32602, "busy"), error(-32603, "internal error"), Fault(429), Fault(body=b""),
+        Fault(504, body=b"gateway time-out"), Fault(delay_seconds=0.5, body=b""),
+    ],
+    ids=["-32005", "-32602", "-32603", "504", "429", "cut", "timeout"],
+)  # fmt: skip
+async def test_a_range_that_is_too_much_in_no_words_for_it(sparse: FakeChain, fault: Fault) -> None:
+    async with FakeNode(sparse, keep_log=True) as node:
+        node.faults.append(refused_above(900, fault))
+        async with source_of(node, start=2000, request_timeout_seconds=0.1) as source:
+            assert_whole(await collected(source, 1, 6000), sparse, 1, 6000)
+            assert len(ranges(node)) <= 40
+
+
 ADDRESSES = [
     ("alchemy", error(-32602, "Please, specify less number of addresses")),
     ("geth", error(-32602, "exceed max addresses or topics per search position: 100")),

@@ -14,7 +14,6 @@ from indexer.errors import HookFailed, UndeclaredTable
 from indexer.model import Hook
 from indexer.testing import Bench, assert_undo_restores, make_blocks, one_span, one_span_a_block
 
-
 EXAMPLES = settings(
     deadline=None,
     max_examples=25,

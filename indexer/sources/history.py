@@ -96,7 +96,11 @@ class History:
                 logs, header = await self._fetch(endpoint, first, end, last)
                 break
             except RpcTrouble as failed:
-                if failed.trouble.kind is not Kind.RANGE or first == end:
+                if first == end or failed.trouble.kind in (Kind.BEHIND, Kind.BILLING):
+                    raise
+                if failed.trouble.kind is not Kind.RANGE:
+                    if size.failed(too_long=failed.outcome == "timeout"):
+                        self._size.shrink(size.blocks)
                     raise
                 self._give_way(failed, too_large(first, end, failed.trouble), size)
         logs = in_order(logs, first, end)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 _START_BLOCKS = 100
 _PROBE_GROWTH = 1.05
+# Failures in a row after which a range is made smaller, though nobody said that it was too large.
+_FAILURES = 3
 
 
 class RangeSize:
@@ -12,6 +14,7 @@ class RangeSize:
     def __init__(self, *, max_blocks: int, start: int = _START_BLOCKS) -> None:
         self._max_blocks = max_blocks
         self._ceiling = float(max_blocks)
+        self._failures = 0
         self.blocks = min(start, max_blocks)
 
     def shrink(self, blocks: int, *, lasting: bool = True) -> None:
@@ -20,11 +23,21 @@ class RangeSize:
         if lasting:
             self._ceiling = float(self.blocks)
 
+    def failed(self, *, too_long: bool) -> bool:
+        """A query failed for another reason, or so it says. What took `too_long`, or fails again and again, may be too
+        much for the node whatever it calls that: then it is halved, which is returned."""
+        self._failures += 1
+        if not too_long and self._failures < _FAILURES:
+            return False
+        self.shrink(self.blocks // 2)
+        return True
+
     def went_well(self, blocks: int, events: int, target_events: int) -> None:
         """A range of `blocks` gave `events`: aim at `target_events`, at most doubling.
 
         The ceiling that a refusal set rises slowly, so that a limit is tried again now and then but not every time.
         """
+        self._failures = 0
         self._ceiling = min(self._ceiling * _PROBE_GROWTH + 0.1, self._max_blocks)
         wanted = blocks * target_events / events if events else blocks * 2.0
         self.blocks = max(1, int(min(wanted, self.blocks * 2, self._ceiling)))

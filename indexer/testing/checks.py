@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
 
 import asyncpg
 
@@ -74,8 +75,10 @@ async def assert_set_equals_rows(
         sizes = [chance.randint(1, max(1, len(blocks) // 2)) for _ in blocks]
         ways[f"spans of {sizes} blocks"] = spans_of(blocks, sizes)
     found: dict[str, Tables] = {}
-    for way, spans in ways.items():
-        found[way] = await _rows_left(connection, hooks, spans, ignore)
+    async with _undone(connection):
+        await Bench.open(connection, hooks, first=blocks[0].number)  # one chain for all: hooks may write its number
+        for way, spans in ways.items():
+            found[way] = await _rows_left(connection, hooks, spans, ignore)
     first, *others = found
     for other in others:
         _assert_same(found[first], found[other], f"{other}, against {first}")
@@ -84,14 +87,21 @@ async def assert_set_equals_rows(
 async def _rows_left(
     connection: Connection, hooks: Sequence[Hook | Registered], spans: Sequence[Span], ignore: Collection[str] | None
 ) -> Tables:
-    """The rows that the spans leave, in a transaction that is undone afterwards."""
-    transaction = connection.transaction()
-    await transaction.start()
-    try:
+    """The rows that the spans leave; they are undone afterwards."""
+    async with _undone(connection):
         bench = await Bench.open(connection, hooks, first=spans[0].first)
         await bench.apply(spans)
         await connection.execute("set constraints all immediate")
         return {table: await _rows(connection, table, ignore) for table in bench.tables}
+
+
+@asynccontextmanager
+async def _undone(connection: Connection) -> AsyncIterator[None]:
+    """A transaction (within another a savepoint) of which nothing stays."""
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        yield
     finally:
         await transaction.rollback()
 
