@@ -16,7 +16,7 @@ from pathlib import Path
 
 import asyncpg
 
-from indexer import ledger
+from indexer import journal, ledger
 from indexer.app import migration_lines
 from indexer.config import DatabaseSettings, HooksSettings
 from indexer.db import Database
@@ -68,7 +68,7 @@ async def main(blocks: int) -> None:
             await migrate(connection, migration_lines(hooks))
             chain = await ledger.open_chain(connection, "bench", "evm", "1", 0)
             for one in hooks:
-                await ledger.watch(connection, one.hook.tables)
+                await journal.watch(connection, one.hook.tables)
             pipeline, at = Pipeline(chain, hooks, "bench"), BlockRef(-1, b"")
             seconds: dict[bool, list[float]] = {True: [], False: []}
             for number in range(2 * blocks):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import asyncpg
 
-from indexer import ledger, log, metrics, registry
+from indexer import journal, ledger, log, metrics, registry
 from indexer.config import Settings
 from indexer.db import Connection, Database, make_schema, shown
 from indexer.embedded import EmbeddedPostgres, default_data_dir
@@ -138,7 +138,7 @@ async def run(settings: Settings, *, started: Callable[[State, Web], None] | Non
             started(state, web)
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(_monitor(database, chain.id, state), name="monitor")
+                tasks.create_task(_monitor(database, chain.id, state, settings.http.stall_seconds), name="monitor")
                 tasks.create_task(follow(database, source, pipeline, state), name="follow")
         except ExceptionGroup as group:
             first = group.exceptions[0]
@@ -180,7 +180,7 @@ async def _watch_tables(connection: Connection, hooks: Sequence[Registered]) -> 
     """Have the tables that hooks declare journalled, while blocks can still be reorganised."""
     for one in hooks:
         try:
-            await ledger.watch(connection, one.hook.tables)
+            await journal.watch(connection, one.hook.tables)
         except asyncpg.UndefinedTableError as error:
             raise ConfigError(f"hook {one.name} declares a table that is not there: {error}") from None
         except (asyncpg.RaiseError, asyncpg.InsufficientPrivilegeError) as error:
@@ -200,8 +200,9 @@ async def _recall_halt(database: Database, pipeline: Pipeline) -> None:
         )  # fmt: skip
 
 
-async def _monitor(database: Database, chain: int, state: State) -> None:
+async def _monitor(database: Database, chain: int, state: State, stall_seconds: float) -> None:
     """Refresh what only the database or the clock knows: gaps, pool, stall."""
+    told = False
     while True:
         metrics.stalled_seconds.labels("fetch").set(state.stalled_seconds if state.waiting_on == "fetch" else 0)
         metrics.stalled_seconds.labels("write").set(state.stalled_seconds if state.waiting_on == "write" else 0)
@@ -211,12 +212,40 @@ async def _monitor(database: Database, chain: int, state: State) -> None:
         try:
             async with database.acquire() as connection:
                 state.gaps = await ledger.gaps(connection, chain)
-                metrics.journal_rows.labels(state.chain).set(await ledger.journal_rows(connection, chain))
+                metrics.journal_rows.labels(state.chain).set(await journal.journal_rows(connection, chain))
         except IndexerError:
             pass  # the follower says what is wrong with the database
         for hook, ranges in state.gaps.items():
             metrics.gap_blocks.labels(hook).set(sum(last - first + 1 for first, last in ranges))
+        told = _tell_stall(state, stall_seconds, told)
         await asyncio.sleep(_MONITOR_SECONDS)
+
+
+def _tell_stall(state: State, stall_seconds: float, told: bool) -> bool:
+    """Log once a stall what every task waits for, and once that it is over; returns whether one has been told of."""
+    if state.stalled_seconds <= stall_seconds:
+        if told:
+            log.get().info("stalled: over", chain=state.chain, block=state.cursor)
+        return False
+    if not told:
+        tasks = {task.get_name(): _waits_at(task) for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+        log.get().error(
+            "stalled", chain=state.chain, block=state.cursor, lag_blocks=state.lag_blocks, on=state.waiting_on,
+            seconds=round(state.stalled_seconds, 1), tasks=tasks,
+        )  # fmt: skip
+    return True
+
+
+def _waits_at(task: asyncio.Task[object]) -> str:
+    """Where a task waits: its innermost coroutines, innermost last."""
+    places: list[str] = []
+    awaited: object = task.get_coro()
+    while awaited is not None:
+        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "ag_frame", None)
+        if frame is not None:
+            places.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}")
+        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "ag_await", None)
+    return " > ".join(places[-4:])
 
 
 def _calm_garbage_collection() -> None:

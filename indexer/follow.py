@@ -11,7 +11,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from enum import Enum
 from typing import TypeVar
 
-from indexer import ledger, log, metrics
+from indexer import journal, ledger, log, metrics
 from indexer.db import HEARTBEAT_SECONDS, Connection, Database, translated, try_lead
 from indexer.errors import DatabaseUnavailable, DeepReorg, HookFailed, LostLeadership
 from indexer.ledger import Cursor, Pace
@@ -107,7 +107,7 @@ class Follower:
         if not heads.hash or not self.at.hash or heads.newest < heads.final:
             return Outcome.IDLE
         with translated():
-            stored = {ref.number: ref.hash for ref in await ledger.window(self.connection, self.pipeline.chain.id)}
+            stored = {ref.number: ref.hash for ref in await journal.window(self.connection, self.pipeline.chain.id)}
         if heads.newest == self.at.number:
             stored[self.at.number] = self.at.hash
         ours = stored.get(heads.newest)
@@ -142,7 +142,7 @@ class Follower:
         block, everything may go.
         """
         with translated():
-            window = await ledger.window(self.connection, self.pipeline.chain.id)
+            window = await journal.window(self.connection, self.pipeline.chain.id)
         if not window or window[0] != self.at:
             window.insert(0, self.at)
         position, size = 0, 8

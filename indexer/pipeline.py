@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import asyncpg
 import msgspec
 
-from indexer import ledger, metrics
+from indexer import journal, ledger, metrics
 from indexer.db import Connection, translated
 from indexer.errors import DatabaseUnavailable, HookFailed, UndeclaredTable
 from indexer.ledger import Pace
@@ -65,15 +65,15 @@ class Pipeline:
         async with transaction(connection):
             await ledger.advance(connection, self.chain.id, at, span, pace, self.leader)
             if not span.final:
-                await ledger.journal_from(connection, self.chain.id, span.last)
-            before = await ledger.writes_elsewhere(connection, self.tables)
+                await journal.journal_from(connection, self.chain.id, span.last)
+            before = await journal.writes_elsewhere(connection, self.tables)
             covered = await self._run_hooks(tx, connection, span, failures, before)
             await self.check_declared(connection, before)
             await ledger.cover(connection, self.chain.id, covered, span.first, span.last)
             if failures:
                 await self._cover_around(connection, span, covered)
             if span.last >= pace.heads.final:  # the final block itself is kept as well: a fork may begin there
-                await ledger.remember(connection, self.chain.id, span, pace.heads.final)
+                await journal.remember(connection, self.chain.id, span, pace.heads.final)
             if span.quarantined:
                 await ledger.quarantine(connection, self.chain.id, span.quarantined)
             if self.halted_at is not None and span.last >= self.halted_at:
@@ -93,7 +93,7 @@ class Pipeline:
     async def undo(self, connection: Connection, at: BlockRef, to: BlockRef) -> int:
         """Undo the blocks after `to`, in one transaction with the cursor; returns the rows brought back."""
         async with transaction(connection):
-            rows = await ledger.rewind(connection, self.chain.id, at, to)
+            rows = await journal.rewind(connection, self.chain.id, at, to)
         name = self.chain.name
         metrics.reorgs_total.labels(name).inc()
         metrics.reorg_depth.labels(name).observe(at.number - to.number)
@@ -130,7 +130,7 @@ class Pipeline:
 
         Postgres' own counts of this transaction show it: whatever the way, by a trigger or a function too.
         """
-        after = await ledger.writes_elsewhere(connection, self.tables)
+        after = await journal.writes_elsewhere(connection, self.tables)
         wrong = [table for table, rows in after.items() if rows > before.get(table, 0)]
         if wrong:
             raise UndeclaredTable(f"it wrote the table {wrong[0]}, which no hook declares: add it to the hook's tables")

@@ -34,7 +34,7 @@ from typing import Any
 import asyncpg
 import msgspec
 
-from indexer import ledger
+from indexer import journal, ledger
 from indexer.db import Connection, is_transient, translated
 from indexer.errors import HookLoadError, Temporary, UsageError
 from indexer.model import BlockRef, Derived, Hook
@@ -356,7 +356,7 @@ async def _out_of_the_journal(
         to = targets[chain.id]
         if to is not None:
             say(f"chain {chain.name}: rewinding to block {to.number}")
-            await ledger.rewind(connection, chain.id, chain.at, to)
+            await journal.rewind(connection, chain.id, chain.at, to)
             rewound.append(Rewound(chain.name, to.number))
         left.append(msgspec.structs.replace(chain, at=to or chain.at))
     return left, rewound

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import asyncpg
 import msgspec
 
-from indexer import ledger, log
+from indexer import journal, ledger, log
 from indexer.db import Connection
 from indexer.errors import DatabaseUnavailable, HookFailed, Temporary, UndeclaredTable, UsageError
 from indexer.ledger import ChainRow, Cursor, Pace
@@ -200,7 +200,7 @@ class Replayer(Planner):
         async with transaction(self.connection):
             cursor = await ledger.hold(self.connection, self.chain.id)
             final = _final(cursor)
-            self._shared = not self._rehearsing and await ledger.journalled(self.connection, self.chain.id, final)
+            self._shared = not self._rehearsing and await journal.journalled(self.connection, self.chain.id, final)
             if self._shared:
                 if above is None or (whole and [one.end for one in above[-1:]] != [cursor.ref]):
                     raise _Shared(final)
@@ -225,7 +225,7 @@ class Replayer(Planner):
 
         What is done again comes first: rows that it brings back are then among those that are recalled.
         """
-        before = await ledger.writes_elsewhere(self.connection, self._pipeline.tables)
+        before = await journal.writes_elsewhere(self.connection, self._pipeline.tables)
         written: Counter[tuple[str, str]] = Counter()
         for names in (segment.again, segment.fill):
             tx = Tx(self.connection, self.chain.id)
@@ -272,7 +272,7 @@ class Replayer(Planner):
     async def _fetch_above(self, number: int) -> list[Span]:
         """The blocks from `number` + 1 to the cursor; those that were fetched before and are still ours only once."""
         at = (await ledger.cursor(self.connection, self.chain.id)).ref
-        ours = {at, *await ledger.window(self.connection, self.chain.id)}
+        ours = {at, *await journal.window(self.connection, self.chain.id)}
         spans = [one for one in self._above if one.first > number and one.end in ours]
         first = spans[-1].last + 1 if spans else number + 1
         if first <= at.number:
@@ -283,11 +283,11 @@ class Replayer(Planner):
 
     async def _rewind(self, at: BlockRef, number: int) -> BlockRef:
         """Undo the blocks after `number`, inside the caller's transaction, which holds the cursor."""
-        refs = [*await ledger.window(self.connection, self.chain.id), BlockRef(self.chain.start_block - 1, b"")]
+        refs = [*await journal.window(self.connection, self.chain.id), BlockRef(self.chain.start_block - 1, b"")]
         to = next((ref for ref in refs if ref.number == number), None)
         if to is None:
             raise Temporary(f"block {number} is no longer in the window of blocks that can be undone: try again")
-        await ledger.rewind(self.connection, self.chain.id, at, to)
+        await journal.rewind(self.connection, self.chain.id, at, to)
         return to
 
     async def _reapply(self, at: BlockRef, above: Sequence[Span], cursor: Cursor) -> list[Applied]:
@@ -329,11 +329,11 @@ class Replayer(Planner):
             async with transaction(self.connection), _given_up(self.connection):
                 await ledger.hold(self.connection, self.chain.id)
                 # no block has number -1, so that these entries are this transaction's own
-                await ledger.journal_from(self.connection, self.chain.id, -1)
+                await journal.journal_from(self.connection, self.chain.id, -1)
                 for piece in fetched:
                     async for _ in self._narrowed([piece]):
                         pass
-                changes = await ledger.changes(self.connection, self.chain.id, -1)
+                changes = await journal.changes(self.connection, self.chain.id, -1)
         finally:
             self._rehearsing = False
         blocks = sum(span.last - span.first + 1 for span, _ in fetched)

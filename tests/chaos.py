@@ -31,7 +31,7 @@ from oracle import Oracle, dump
 from hooks.aggregates import Aggregates
 from hooks.milestones import Milestones
 from hooks.plays import Plays
-from indexer import ledger, metrics
+from indexer import journal, ledger, metrics
 from indexer.config import ChainSettings, DatabaseSettings, EndpointSettings, HookSettings, SpanSettings
 from indexer.db import Connection, Database
 from indexer.fakechain import FakeBlock, FakeChain, FakeLog, FakeNode
@@ -231,7 +231,7 @@ class History:
         self.row = await ledger.open_chain(self.connection, "main", "evm", "31337", 1)
         await ledger.register_hooks(self.connection, self.row.id, [one.name for one in HOOKS])
         for one in HOOKS:
-            await ledger.watch(self.connection, one.hook.tables)
+            await journal.watch(self.connection, one.hook.tables)
 
     async def _calm_down(self) -> None:
         """No more blows: the daemon is to arrive at the chain's head."""

@@ -15,7 +15,7 @@ from oracle import Dump, Oracle, dump
 from hooks.aggregates import Aggregates
 from hooks.milestones import Milestones
 from hooks.plays import Plays
-from indexer import ledger
+from indexer import journal, ledger
 from indexer.app import make_source
 from indexer.config import HookSettings
 from indexer.config import Settings as Parsed
@@ -94,7 +94,7 @@ class World:
         self.row = await ledger.open_chain(self.connection, "main", "evm", "31337", 0)
         await ledger.register_hooks(self.connection, self.row.id, [one.name for one in self.hooks])
         for one in self.hooks:
-            await ledger.watch(self.connection, one.tables)
+            await journal.watch(self.connection, one.tables)
         return Pipeline(self.row, self.registered, "test")
 
     async def follow(self) -> list[Outcome]:

@@ -17,7 +17,7 @@ import chaos
 import pytest
 from daemon import HOOKS, Daemon, Placed, cursor, expected, gaps, settings, tables, until
 
-from indexer import ledger
+from indexer import journal
 from indexer.demochain import PLAY_REGISTRY, Listeners, Play
 from indexer.devchain import Anvil, DevClient, encode_call, find_anvil, load_artifact
 from indexer.embedded import EmbeddedPostgres
@@ -55,7 +55,7 @@ async def test_a_wrong_row_is_noticed(database_url: str, monkeypatch: pytest.Mon
     async def nothing(*_: object) -> None: ...
 
     chaos.quiet()
-    monkeypatch.setattr(ledger, "journal_from", nothing)
+    monkeypatch.setattr(journal, "journal_from", nothing)
     with pytest.raises(chaos.WrongRow, match=r"seed \d+: AssertionError: \w+: missing .* surplus"):
         await chaos.histories(database_url, 1, number=40)
 

@@ -20,6 +20,7 @@ LAYERS = (
     "log metrics",
     "binaries embedded db migrations",
     "ledger",
+    "journal",
     "transaction",
     "registry",
     "pipeline state segments",

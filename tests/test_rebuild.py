@@ -19,7 +19,7 @@ from oracle import COLUMNS, Oracle, dump
 
 from hooks.aggregates import COUNTRY_CHARACTERS, Aggregates
 from hooks.milestones import DERIVED, THRESHOLDS
-from indexer import Block, Derived, Tx, hook, ledger
+from indexer import Block, Derived, Tx, hook, journal, ledger
 from indexer.config import HookSettings, HooksSettings
 from indexer.errors import HookLoadError, LostLeadership, UsageError
 from indexer.ledger import Pace
@@ -65,7 +65,7 @@ class Bench:
         self.chain = await ledger.open_chain(self.connection, name, "test", "1", 1)
         await ledger.register_hooks(self.connection, self.chain.id, [one.name for one in self.hooks])
         for one in self.hooks:
-            await ledger.watch(self.connection, one.hook.tables)
+            await journal.watch(self.connection, one.hook.tables)
         self.pipeline = Pipeline(self.chain, self.hooks, "test")
         return self
 
@@ -79,7 +79,7 @@ class Bench:
 
     async def undo(self, to: int) -> None:
         at = (await ledger.cursor(self.connection, self.chain.id)).ref
-        refs = {ref.number: ref for ref in await ledger.window(self.connection, self.chain.id)}
+        refs = {ref.number: ref for ref in await journal.window(self.connection, self.chain.id)}
         await self.pipeline.undo(self.connection, at, refs.get(to, GENESIS))
 
     async def at(self) -> int:
@@ -266,7 +266,7 @@ class TestTheWindow:
         bench.final = 20
         for one in blocks[6:9]:
             await bench.apply(span([one]))
-        assert await ledger.journal_rows(bench.connection, bench.chain.id)
+        assert await journal.journal_rows(bench.connection, bench.chain.id)
         await bench.connection.execute("update aggregate_plays set count = 0")
         assert (await bench.rebuild("aggregates")).rewound == ()
         await bench.is_right(blocks[:9])

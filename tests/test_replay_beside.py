@@ -28,7 +28,7 @@ from replaykit import (
     world,
 )
 
-from indexer import ledger, replay
+from indexer import journal, ledger, replay
 from indexer.errors import HookFailed, Temporary
 from indexer.model import Span
 from indexer.replay import Replayer
@@ -196,7 +196,7 @@ async def test_a_fork_between_fetching_and_applying(at: int, left: int, enter: E
             await consume(replayer, await replayer.plan(None, None, BUNDLED))
         assert source.forked
         at_end = (await ledger.cursor(w.connection, w.row.id)).ref  # of a chain that hangs together
-        window = await ledger.window(w.connection, w.row.id)
+        window = await journal.window(w.connection, w.row.id)
         assert [ref.number for ref in window] == list(range(at_end.number, window[-1].number - 1, -1))
         await w.follow()
         await w.fill()

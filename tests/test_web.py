@@ -127,6 +127,8 @@ async def test_a_stalled_daemon_fails_its_liveness_until_it_moves(
                 return (await daemon.get("livez"))[0] == 503
 
             await until(stalled, "/livez fails")
+            told = await daemon.logged("stalled")
+            assert told["on"] == "fetch" and "follow.py" in told["tasks"]["follow"]
             live = (await daemon.get_json("livez"))[1]
             assert live["live"] is False and live["reason"].endswith("waiting on fetch")
             status, ready = await daemon.get_json("readyz")

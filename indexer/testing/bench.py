@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
-from indexer import ledger
+from indexer import journal, ledger
 from indexer.config import HookSettings
 from indexer.db import Connection
 from indexer.ledger import Pace
@@ -50,7 +50,7 @@ class Bench:
         chain = await ledger.open_chain(connection, CHAIN, "testing", "0", first)
         await ledger.register_hooks(connection, chain.id, [one.name for one in registered])
         bench = cls(connection, Pipeline(chain, registered, "testing"))
-        await ledger.watch(connection, bench.tables)
+        await journal.watch(connection, bench.tables)
         return bench
 
     async def apply(self, spans: Iterable[Span], *, final: int | None = None) -> None:
@@ -65,7 +65,7 @@ class Bench:
     async def undo(self, to: int) -> int:
         """Undo the blocks after number `to`, as a reorganisation does; how many rows were brought back."""
         at, chain = await self.cursor(), self.pipeline.chain
-        refs = {ref.number: ref for ref in await ledger.window(self.connection, chain.id)}
+        refs = {ref.number: ref for ref in await journal.window(self.connection, chain.id)}
         refs[chain.start_block - 1] = BlockRef(chain.start_block - 1, b"")
         return await self.pipeline.undo(self.connection, at, refs[to])
 
