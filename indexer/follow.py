@@ -44,6 +44,7 @@ class Follower:
         # up to here the journal is gone
         self._pruned = cursor.heads.final if cursor.heads else -1
         self._said_at = self._heads_at = 0.0
+        self._beaten_at = time.monotonic()
         state.at(cursor.ref.number, cursor.block_time)
 
     async def step(self) -> Outcome:
@@ -175,10 +176,12 @@ class Follower:
         task = asyncio.ensure_future(work)
         try:
             while True:
-                done, _ = await asyncio.wait({task}, timeout=HEARTBEAT_SECONDS)
+                due = self._beaten_at + HEARTBEAT_SECONDS
+                done, _ = await asyncio.wait({task}, timeout=max(0.0, due - time.monotonic()))
+                if time.monotonic() >= due:  # also between many short waits, as those for a new head are
+                    await self.beat()
                 if done:
                     return task.result()
-                await self.beat()
         finally:
             if not task.done():
                 task.cancel()
@@ -187,6 +190,8 @@ class Follower:
                     task.exception()  # taken note of: how a thing ends that nobody waits for any more is no news
 
     async def beat(self) -> None:
+        """Tell the database that we live; raises LostLeadership where the cursor was moved meanwhile."""
+        self._beaten_at = time.monotonic()
         with translated():
             await ledger.heartbeat(self.connection, self.pipeline.chain.id, self.at, self.pace, self.pipeline.leader)
 

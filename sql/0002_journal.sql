@@ -75,6 +75,8 @@ declare
     keys text;
     foreign_key record;
 begin
+    -- one starter at a time: the second finds everything there
+    perform pg_advisory_xact_lock(hashtext('indexer.watch'), 0);
     select string_agg(quote_literal(attname), ', ' order by array_position(conkey, attnum))
     into keys
     from pg_constraint join pg_attribute on attrelid = conrelid and attnum = any(conkey)
