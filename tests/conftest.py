@@ -6,10 +6,19 @@ from collections.abc import Iterator
 
 import asyncpg
 import pytest
+import structlog
 
 from indexer.pytest_plugin import HASTY, Databases
 
 __all__ = ["HASTY"]
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """One test's setting of the log is none of the next one's."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture
