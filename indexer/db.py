@@ -209,3 +209,26 @@ def shown(dsn: str) -> str:
     """The database's address without user, password and parameters."""
     parts = urlsplit(dsn)
     return f"{parts.scheme}://{parts.hostname or 'local'}{f':{parts.port}' if parts.port else ''}{parts.path}"
+
+
+async def silent_holder(connection: Connection, chain: int) -> tuple[int, str] | None:
+    """The server process that holds the chain's lock while it waits for its client, and a mark of how far it is.
+
+    A mark that stays the same is a leader that says nothing: paused or cut off, wherever in the protocol it was. None
+    where nobody holds the lock, where the server works for the holder, or where it is another role's.
+    """
+    row = await connection.fetchrow(
+        """
+        select activity.pid,
+               concat_ws(' ', activity.pid, state, state_change, query_start, xact_start, bytes_processed) as mark
+        from pg_locks
+        join pg_stat_activity as activity using (pid)
+        left join pg_stat_progress_copy as copy on copy.pid = activity.pid
+        where locktype = 'advisory' and granted
+          and database = (select oid from pg_database where datname = current_database())
+          and classid::bigint = hashtext('indexer.leader')::bigint & 4294967295 and objid::bigint = $1 and objsubid = 2
+          and wait_event_type = 'Client'
+        """,
+        chain,
+    )
+    return (row["pid"], row["mark"]) if row else None

@@ -12,7 +12,15 @@ from enum import Enum
 from typing import TypeVar
 
 from indexer import journal, ledger, log, metrics
-from indexer.db import HEARTBEAT_SECONDS, Connection, Database, translated, try_lead
+from indexer.db import (
+    HEARTBEAT_SECONDS,
+    LEADER_SILENCE_SECONDS,
+    Connection,
+    Database,
+    silent_holder,
+    translated,
+    try_lead,
+)
 from indexer.errors import DatabaseUnavailable, DeepReorg, HookFailed, LostLeadership
 from indexer.ledger import Cursor, Pace
 from indexer.model import BlockRef, BlockSource, Heads, Span
@@ -247,12 +255,14 @@ async def _lead(connection: Connection, source: BlockSource, pipeline: Pipeline,
 async def _leading(database: Database, pipeline: Pipeline, state: State) -> AsyncIterator[Connection]:
     """The writer's connection, once it holds the chain's lock; until then we stand by."""
     connection = await database.writer()
+    silence = ("", 0.0)
     try:
         while not await try_lead(connection, pipeline.chain.id):
             if state.role is not Role.STANDBY:
                 state.became(Role.STANDBY, "another process leads this chain")
                 log.get().info("standing by", chain=state.chain)
             await _watch_leader(connection, pipeline, state)
+            silence = await _end_silent(connection, pipeline, silence)
             await asyncio.sleep(_STANDBY_SECONDS)
         yield connection
     finally:
@@ -272,6 +282,22 @@ async def _watch_leader(connection: Connection, pipeline: Pipeline, state: State
     state.at(cursor.ref.number, cursor.block_time)
     if cursor.heads is not None:
         state.saw(cursor.heads)
+
+
+async def _end_silent(connection: Connection, pipeline: Pipeline, silence: tuple[str, float]) -> tuple[str, float]:
+    """End the session of a leader that says nothing; `silence` is its last mark, and since when it is the same.
+
+    The server's own timeouts end an idle session, but not one that fell silent in the middle of a message or a COPY.
+    """
+    now = time.monotonic()
+    with translated():
+        holder = await silent_holder(connection, pipeline.chain.id)
+        if holder is None or holder[1] != silence[0]:
+            return (holder[1] if holder else "", now)
+        if now - silence[1] > LEADER_SILENCE_SECONDS:
+            log.get().warning("silent leader ended", chain=pipeline.chain.name, seconds=round(now - silence[1], 1))
+            await connection.execute("select pg_terminate_backend($1)", holder[0])
+    return silence
 
 
 async def _record_halt(database: Database, pipeline: Pipeline, state: State, failed: HookFailed) -> None:
