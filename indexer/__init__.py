@@ -9,18 +9,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from indexer.db import Connection
+    from indexer.errors import ConfigError
+    from indexer.ledger import note_pruned
     from indexer.migrations import sql_folder
-    from indexer.model import Block, BlockRef, Derived, Event, EventSpec, Hook, Panel
+    from indexer.model import Block, BlockRef, Chore, Derived, Event, EventSpec, Hook, Panel
     from indexer.registry import hook
     from indexer.transaction import Row, Rows, Tx
 
 __all__ = [
-    "Block", "BlockRef", "Derived", "Event", "EventSpec", "Hook", "Panel", "Row", "Rows", "Tx", "hook", "sql_folder",
+    "Block", "BlockRef", "Chore", "ConfigError", "Connection", "Derived", "Event", "EventSpec", "Hook", "Panel", "Row",
+    "Rows", "Tx", "hook", "note_pruned", "sql_folder",
 ]  # fmt: skip
 
 _PLACES = {
+    "indexer.db": ("Connection",),
+    "indexer.errors": ("ConfigError",),
+    "indexer.ledger": ("note_pruned",),
     "indexer.migrations": ("sql_folder",),
-    "indexer.model": ("Block", "BlockRef", "Derived", "Event", "EventSpec", "Hook", "Panel"),
+    "indexer.model": ("Block", "BlockRef", "Chore", "Derived", "Event", "EventSpec", "Hook", "Panel"),
     "indexer.registry": ("hook",),
     "indexer.transaction": ("Row", "Rows", "Tx"),
 }

@@ -14,15 +14,16 @@ from typing import NamedTuple
 import asyncpg
 
 from indexer import journal, ledger, log, metrics, registry
-from indexer.config import Settings
+from indexer.config import Settings, SpanSettings
 from indexer.db import Connection, Database, make_schema, shown
 from indexer.embedded import EmbeddedPostgres, default_data_dir
 from indexer.errors import ConfigError, IndexerError, UsageError, WrongNetwork
 from indexer.follow import follow, leader_name
 from indexer.migrations import SQL, migrate
-from indexer.pipeline import Pipeline
+from indexer.model import BlockSource
+from indexer.pipeline import Pipeline, prepare
 from indexer.registry import Registered
-from indexer.sources.evm import EvmSource
+from indexer.sources.choose import make_source
 from indexer.state import Role, State
 from indexer.version import version
 from indexer.web import Web
@@ -30,6 +31,9 @@ from indexer.web import Web
 # A stop that takes longer than this is ended by force: the data is at a block's border all the time.
 _STOP_SECONDS = 4.5
 _MONITOR_SECONDS = 5.0
+# Of a transaction that somebody waits for.
+_BRIEF_EVENTS = 500
+_BRIEF_SECONDS = 0.25
 
 
 @asynccontextmanager
@@ -50,15 +54,6 @@ async def open_database(settings: Settings, *, pool: bool = True) -> AsyncIterat
         if pool:
             await stack.enter_async_context(database.opened())
         yield database
-
-
-def make_source(settings: Settings) -> EvmSource:
-    """The block source that `chain.source` names; raises ConfigError where its settings lack something."""
-    if not settings.chain.endpoints:
-        raise ConfigError('chain.endpoints is empty: name a node, as endpoints = [{url = "http://127.0.0.1:8545"}]')
-    if not settings.contracts:
-        raise ConfigError("contracts is empty: name what to index in [[contracts]] (address, abi, start_block)")
-    return EvmSource(settings.chain, settings.contracts, settings.span)
 
 
 def migration_lines(hooks: Sequence[Registered]) -> list[tuple[str, Path]]:
@@ -82,7 +77,7 @@ class Parts(NamedTuple):
     """What the commands work with that stand beside a daemon."""
 
     hooks: tuple[Registered, ...]
-    source: EvmSource
+    source: BlockSource
     database: Database
     chain: ledger.ChainRow
 
@@ -105,7 +100,7 @@ async def opened(settings: Settings, *, ask_node: bool) -> AsyncIterator[Parts]:
             raise UsageError(f"this database knows no chain {settings.chain.name}: start it with `indexer run`")
         source = make_source(settings)
         stack.push_async_callback(source.close)
-        registry.check_events(hooks, source.contracts.events)
+        registry.check_events(hooks, source.events)
         if ask_node and (identity := await source.identity()) != chain.identity:
             raise WrongNetwork(f"chain {chain.name} is {chain.identity} here, but the node answers for {identity}")
         yield Parts(hooks, source, database, chain)
@@ -119,9 +114,9 @@ async def run(settings: Settings, *, started: Callable[[State, Web], None] | Non
     """
     hooks = registry.load_hooks(settings.hooks)
     async with AsyncExitStack() as stack:
-        source = make_source(settings)
+        source = make_source(settings, span=_span_settings(settings, hooks))
         stack.push_async_callback(source.close)
-        registry.check_events(hooks, source.contracts.events)
+        registry.check_events(hooks, source.events)
         database = await stack.enter_async_context(open_database(settings))
         for name in await migrate_database(database, hooks):
             log.get().info("migration applied", file=name)
@@ -129,7 +124,7 @@ async def run(settings: Settings, *, started: Callable[[State, Web], None] | Non
         state = State(chain.name, chain.start_block)
         pipeline = Pipeline(chain, hooks, leader_name())
         await _recall_halt(database, pipeline)
-        web = await stack.enter_async_context(Web(settings, database, source.endpoints.all, hooks, state).serving())
+        web = await stack.enter_async_context(Web(settings, database, source.nodes, hooks, state).serving())
         log.get().info(
             "started", version=version(), chain=chain.name, chain_id=chain.identity, start_block=chain.start_block,
             hooks=[one.name for one in hooks], database=shown(database.dsn), status=web.url,
@@ -148,8 +143,18 @@ async def run(settings: Settings, *, started: Callable[[State, Web], None] | Non
                 state.became(Role.STOPPING)
 
 
+def _span_settings(settings: Settings, hooks: Sequence[Registered]) -> SpanSettings:
+    """The limits of a span, which are tighter where somebody waits for a hook's transactions."""
+    span = settings.span
+    if not any(getattr(one.hook, "brief", False) for one in hooks):
+        return span
+    return span.model_copy(
+        update={"max_events": min(span.max_events, _BRIEF_EVENTS), "max_seconds": min(span.max_seconds, _BRIEF_SECONDS)}
+    )
+
+
 async def _open_chain(
-    settings: Settings, database: Database, source: EvmSource, hooks: Sequence[Registered]
+    settings: Settings, database: Database, source: BlockSource, hooks: Sequence[Registered]
 ) -> ledger.ChainRow:
     """Compare the network, the start block and the database's memory of both."""
     identity = await source.identity()
@@ -157,7 +162,7 @@ async def _open_chain(
     if wanted is not None and wanted != identity:
         raise WrongNetwork(f"chain.chain_id is {wanted}, but the node answers for chain {identity}: which is right?")
     start = settings.chain.start_block
-    start = source.contracts.first_block if start is None else start
+    start = source.first_block if start is None else start
     async with database.acquire() as connection:
         known = await ledger.find_chain(connection, settings.chain.name)
         if known is None:
@@ -171,7 +176,10 @@ async def _open_chain(
                 why="the database was started with it; another start needs another chain.name or database",
             )  # fmt: skip
         await ledger.register_hooks(connection, chain.id, [one.name for one in hooks])
-        await _watch_tables(connection, hooks)
+        for one in hooks:
+            await prepare(connection, one.hook)
+        if not source.instant:
+            await _watch_tables(connection, hooks)
     metrics.build.info({"version": version(), "chain": chain.name, "source": chain.source})
     return chain
 

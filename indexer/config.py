@@ -126,7 +126,10 @@ class ChainSettings(Section):
     name: str = Field(
         default="main", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="name of the chain in the database"
     )
-    source: Literal["evm"] = Field(default="evm", description="kind of chain")
+    source: Literal["evm", "core", "recorded"] = Field(
+        default="evm", description="kind of chain: evm, core (Open Audio) or recorded (a file of blocks)"
+    )
+    file: Path | None = Field(default=None, description="blocks as JSON lines, where the source is recorded")
     endpoints: Annotated[list[EndpointSettings], AfterValidator(_named_apart)] = Field(
         default=[], description="the nodes, in order of preference"
     )

@@ -303,3 +303,15 @@ async def standing(connection: Connection, name: str) -> dict[str, Any] | None:
 def moment(seconds: int) -> datetime:
     """A block's time as Postgres takes it."""
     return datetime.fromtimestamp(seconds, UTC)
+
+
+async def note_pruned(connection: Connection, table: str, before: datetime, rows: int) -> None:
+    """Say that a job deleted `rows` rows of `table` from before that moment (UTC): in the delete's own transaction."""
+    await connection.execute(
+        """
+        insert into indexer.pruned as known (relation, before, rows) values ($1::text::regclass, $2, $3)
+        on conflict (relation) do update
+        set before = greatest(known.before, excluded.before), rows = known.rows + excluded.rows, pruned_at = now()
+        """,
+        table, before, rows,
+    )  # fmt: skip

@@ -5,7 +5,7 @@ A source checks and freezes what the chain said; beyond it there are no hex stri
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import msgspec
@@ -24,8 +24,10 @@ class BlockRef(msgspec.Struct, frozen=True, gc=False):
 class Event(msgspec.Struct, frozen=True, gc=False):
     """One decoded event of a block.
 
-    `index` orders it within its block (the log index on EVM chains). `args` maps argument names to plain Python
-    values: int, str, bool, bytes, lists and tuples of them; an address is a lower-case 0x text. `tx_hash` is 32 bytes.
+    Together with `tx_hash` (32 bytes), `index` names it within its block: on EVM chains the log index; on Core the
+    ordinal among the block's events of its name with that hash. Their order is that of `Block.events`. `args` maps
+    argument names to plain Python values: int, str, bool, bytes, lists and tuples of them; an address is a lower-case
+    0x text (on Core, a text as the chain has it).
     """
 
     index: int
@@ -101,9 +103,35 @@ class EventSpec(msgspec.Struct, frozen=True):
     args: tuple[str, ...] = ()
 
 
+class NodeFacts(Protocol):
+    """What the status page shows of a node: its name and health, never an address. `latency` is in seconds."""
+
+    name: str
+    latency: float
+    last_error: str
+
+    @property
+    def resting(self) -> float: ...
+
+
 @runtime_checkable
 class BlockSource(Protocol):
-    """Where blocks come from. A source answers whole and checked, or waits; it never answers half."""
+    """Where blocks come from. A source answers whole and checked, or waits; it never answers half.
+
+    `events`: the events that it can give, with the names of their arguments. `first_block`: where to begin by default.
+    `nodes`: those asked, for the status page. `instant`: a block is final once it exists.
+    """
+
+    instant: bool
+
+    @property
+    def events(self) -> Mapping[str, frozenset[str]]: ...
+
+    @property
+    def first_block(self) -> int: ...
+
+    @property
+    def nodes(self) -> Sequence[NodeFacts]: ...
 
     async def identity(self) -> str:
         """The chain id, compared with the one that the database was started with."""
@@ -149,13 +177,26 @@ class Derived(msgspec.Struct, frozen=True):
     shared: str = ""
 
 
+class Chore(msgspec.Struct, frozen=True):
+    """Work on a hook's tables that is due now and then and belongs to no block: `indexer maintain`.
+
+    `run(connection)` works in transactions of its own and returns one line that says what it did, or "" for nothing.
+    """
+
+    name: str
+    run: Callable[[Any], Awaitable[str]]
+
+
 @runtime_checkable
 class Hook(Protocol):
     """What runs on every span, inside its transaction.
 
     `listens`: the events wanted. `tables`: the tables written. `after`: hooks that must have run before.
-    Besides, it may have `migrations`, `panels`, and `derived` (a sequence of Derived) with `kept`: tables of which a
-    rebuild knows nothing, since their rows say what was known at the time.
+
+    Besides, it may have `migrations`, `panels`, `chores`; `also_after`: hooks that must have run before where they are
+    enabled at all; `derived` (a sequence of Derived) with `kept`: tables of which a rebuild knows nothing, since their
+    rows say what was known at the time; `brief`: somebody waits for its transactions, so they must be short; and
+    `async prepare(connection)`, called at each start once the tables are there: a ConfigError from it ends the start.
     """
 
     name: str

@@ -106,7 +106,7 @@ class Pipeline:
         covered: list[str] = []
         holes: set[str] = set()
         for one in self.hooks:
-            if holes.intersection(one.hook.after):
+            if holes.intersection(one.after):
                 holes.add(one.name)  # what it builds on is missing here, so its part is a hole as well
                 continue
             try:
@@ -190,6 +190,14 @@ class Pipeline:
             metrics.quarantined_total.labels("source", log.error.split(":")[0][:40]).inc()
         for failed in failures:
             metrics.hook_failures_total.labels(failed.hook, "skip").inc()
+
+
+async def prepare(connection: Connection, hook: Hook) -> None:
+    """Let the hook look at its database and make it ready, where it has something to look at."""
+    look = getattr(hook, "prepare", None)
+    if look is not None:
+        with translated():
+            await look(connection)
 
 
 async def _run(one: Hook, tx: Tx, blocks: Sequence[Block]) -> None:

@@ -28,7 +28,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from datetime import datetime
 from typing import Any
 
 import asyncpg
@@ -257,18 +256,6 @@ async def _refuse_gaps(connection: Connection, chains: Sequence[_Locked], name: 
                     f"{name} can't be rebuilt: the hook {hook}, whose tables it is derived from, lacks the blocks "
                     f"{first} to {last}{more} of chain {chain.name}; fill them first: indexer gaps --fill"
                 )
-
-
-async def note_pruned(connection: Connection, table: str, before: datetime, rows: int) -> None:
-    """Say that a job deleted `rows` rows of `table` from before that moment (UTC): in the delete's own transaction."""
-    await connection.execute(
-        """
-        insert into indexer.pruned as known (relation, before, rows) values ($1::text::regclass, $2, $3)
-        on conflict (relation) do update
-        set before = greatest(known.before, excluded.before), rows = known.rows + excluded.rows, pruned_at = now()
-        """,
-        table, before, rows,
-    )  # fmt: skip
 
 
 async def _refuse_pruned(connection: Connection, derived: Sequence[Derived]) -> None:

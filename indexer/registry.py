@@ -71,6 +71,11 @@ class Registered(msgspec.Struct, frozen=True):
     def name(self) -> str:
         return self.hook.name
 
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The hooks that it comes after, whether it can't do without them or only minds their order."""
+        return (*self.hook.after, *getattr(self.hook, "also_after", ()))
+
 
 def load_hooks(settings: HooksSettings) -> tuple[Registered, ...]:
     """The enabled hooks, in order, made with their settings.
@@ -180,7 +185,8 @@ def _check_order(registered: Sequence[Registered]) -> None:
         for earlier in one.hook.after:
             if earlier not in names:
                 raise ConfigError(f"hooks.enabled: {one.name} needs the hook {earlier}, which is not enabled")
-            if earlier not in seen:
+        for earlier in one.after:
+            if earlier in names and earlier not in seen:
                 raise ConfigError(f"hooks.enabled: {one.name} must stand after {earlier}")
         seen.add(one.name)
 

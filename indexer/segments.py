@@ -81,7 +81,7 @@ def without(hooks: Sequence[Registered], segment: Segment, failed: str) -> Segme
 
 def earlier(hooks: Sequence[Registered], of: Sequence[str]) -> list[str]:
     """All hooks on which those in `of` build, directly or not, in order."""
-    after = {one.name: set(one.hook.after) for one in hooks}
+    after = {one.name: set(one.after) for one in hooks}
     found: set[str] = set()
     ahead = {name for one in of for name in after[one]}
     while ahead - found:

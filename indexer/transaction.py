@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,12 +100,16 @@ class Tx:
             new = await self._by_key(table, columns, records, key, insert=False)
         elif records and not await self._copied(table, columns, records):
             new = await self._by_key(table, columns, records, key, insert=True)
+        self.remember(table, columns, new)
+        self.wrote(table, "inserted", len(new))
+        return Rows(columns, new)
+
+    def remember(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
+        """Have `inserted(table)` give these rows to later hooks: for a hook that inserts with statements of its own."""
         remembered = self._inserted.setdefault(table, Rows(columns))
         if remembered.columns != tuple(columns):
             raise ValueError(f"{table}: a span inserts with one list of columns; {columns} is a second one")
-        remembered.values.extend(new)
-        self.wrote(table, "inserted", len(new))
-        return Rows(columns, new)
+        remembered.values.extend(rows)
 
     async def _copied(self, table: str, columns: Sequence[str], records: Sequence[Row]) -> bool:
         # A conflict is the exception (a replay, another writer): the quick way first, in a savepoint that gives it up.

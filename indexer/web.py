@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -16,13 +16,10 @@ from indexer import ledger, metrics
 from indexer.config import Settings
 from indexer.db import Database
 from indexer.errors import ConfigError, IndexerError
-from indexer.model import Panel
+from indexer.model import NodeFacts, Panel
 from indexer.registry import Registered
 from indexer.state import Role, State
 from indexer.version import version
-
-if TYPE_CHECKING:
-    from indexer.sources.rpc import Endpoint
 
 _PAGE = Path(__file__).parent / "page.html"
 # a panel's query that takes longer than this is not worth its load
@@ -34,10 +31,10 @@ class Web:
     """The HTTP server of one daemon. `url` is known once it serves."""
 
     def __init__(
-        self, settings: Settings, database: Database, endpoints: Sequence[Endpoint], hooks: Sequence[Registered],
+        self, settings: Settings, database: Database, nodes: Sequence[NodeFacts], hooks: Sequence[Registered],
         state: State,
     ) -> None:  # fmt: skip
-        self._settings, self._database, self._endpoints, self._state = settings, database, endpoints, state
+        self._settings, self._database, self._nodes, self._state = settings, database, nodes, state
         self._panels = [panel for one in hooks for panel in getattr(one.hook, "panels", ())]
         self._page = _PAGE.read_bytes()
         self._reading = asyncio.Lock()
@@ -122,7 +119,7 @@ class Web:
                     "name": one.name, "healthy": not one.resting, "latency_ms": round(one.latency * 1000, 1),
                     "error": one.last_error[:200],
                 }
-                for one in self._endpoints
+                for one in self._nodes
             ],
         }  # fmt: skip
         try:

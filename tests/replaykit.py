@@ -16,7 +16,6 @@ from hooks.aggregates import Aggregates
 from hooks.milestones import Milestones
 from hooks.plays import Plays
 from indexer import journal, ledger
-from indexer.app import make_source
 from indexer.config import HookSettings
 from indexer.config import Settings as Parsed
 from indexer.demochain import Play
@@ -27,6 +26,7 @@ from indexer.pipeline import Pipeline
 from indexer.registry import Registered
 from indexer.replay import Replayer
 from indexer.segments import Segment
+from indexer.sources.choose import make_source
 from indexer.sources.evm import EvmSource
 from indexer.state import State
 from indexer.transaction import Tx

@@ -22,10 +22,10 @@ from hooks.milestones import DERIVED, THRESHOLDS
 from indexer import Block, Derived, Tx, hook, journal, ledger
 from indexer.config import HookSettings, HooksSettings
 from indexer.errors import HookLoadError, LostLeadership, UsageError
-from indexer.ledger import Pace
+from indexer.ledger import Pace, note_pruned
 from indexer.model import Span
 from indexer.pipeline import Pipeline
-from indexer.rebuild import Rebuilt, Verified, Written, describe, note_pruned, rebuild, verify
+from indexer.rebuild import Rebuilt, Verified, Written, describe, rebuild, verify
 from indexer.registry import Registered, load_hooks
 
 ENABLED = ["hooks.plays:plays", "hooks.aggregates:aggregates", "hooks.milestones:milestones"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from indexer import log
@@ -34,6 +34,8 @@ _FAR_BLOCKS = 10
 class EvmSource:
     """A BlockSource on JSON-RPC endpoints."""
 
+    instant = False
+
     def __init__(self, chain: ChainSettings, contracts: Sequence[ContractSettings], span: SpanSettings) -> None:
         self.contracts = Contracts(contracts)
         self.endpoints = Endpoints(chain)
@@ -49,6 +51,18 @@ class EvmSource:
         self._probed_at = time.monotonic()
         self._times: deque[tuple[int, int]] = deque(maxlen=20)  # (number, timestamp) of the newest blocks
         self._thinned = log.Thinned()
+
+    @property
+    def events(self) -> Mapping[str, frozenset[str]]:
+        return self.contracts.events
+
+    @property
+    def first_block(self) -> int:
+        return self.contracts.first_block
+
+    @property
+    def nodes(self) -> Sequence[Endpoint]:
+        return self.endpoints.all
 
     async def identity(self) -> str:
         """The chain id in decimal; raises RpcUnavailable where no endpoint answers in time."""

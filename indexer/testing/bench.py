@@ -10,7 +10,7 @@ from indexer.config import HookSettings
 from indexer.db import Connection
 from indexer.ledger import Pace
 from indexer.model import Block, BlockRef, Heads, Hook, Span
-from indexer.pipeline import Pipeline
+from indexer.pipeline import Pipeline, prepare
 from indexer.registry import Registered
 from indexer.testing.blocks import one_span, one_span_a_block, spans_of
 
@@ -50,6 +50,8 @@ class Bench:
         chain = await ledger.open_chain(connection, CHAIN, "testing", "0", first)
         await ledger.register_hooks(connection, chain.id, [one.name for one in registered])
         bench = cls(connection, Pipeline(chain, registered, "testing"))
+        for one in registered:
+            await prepare(connection, one.hook)
         await journal.watch(connection, bench.tables)
         return bench
 

@@ -1,0 +1,2 @@
+-- no-transaction
+create index concurrently if not exists tracks_owner on tracks (owner_id);
