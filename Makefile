@@ -80,7 +80,7 @@ anvil:
 # --- what people type -------------------------------------------------------------------------------------------------
 # `exec`, so that a Ctrl-C reaches the program itself and make adds no more than its own last line. Make's exit code for
 # any failure is 2; the program's own code stands in the line that make prints.
-demo: $(DEMO) anvil ## a chain, a database and the rows, on this machine (SECONDS=30 stops by itself)
+demo: $(DEMO) anvil ## a chain, a database and the rows, on this machine (SECONDS=30; ARGS="--network audius")
 	@exec $(BIN)/indexer demo $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
 
 test: STRICT := yes

@@ -7,20 +7,24 @@ from collections.abc import Sequence
 from datetime import date
 from typing import TypeVar
 
-from indexer import Block, Derived, EventSpec, Panel, Tx, sql_folder
+from hooks import beside
+from indexer import Block, Connection, Derived, EventSpec, Panel, Tx, sql_folder
 
 K = TypeVar("K")
 
 # The country is part of a key, and a btree refuses keys of more than 2,700 bytes; the play itself keeps it whole.
 COUNTRY_CHARACTERS = 200
 
-# Another writer's plays (chain is null) are not ours to count. But its counts may be in the same tables.
-_SHARED = "select exists (select from plays where chain is null)"
+# Another writer's plays (chain is null, or adopted) are not ours to count. But its counts may be in the same tables.
+_SHARED = "select exists (select from plays where chain is null or counterpart = 'adopted')"
 
 DERIVED = (
     Derived(
         "aggregate_plays",
-        "select play_item_id, count(*) as count from plays where chain is not null group by play_item_id",
+        """
+        select play_item_id, count(*) as count
+        from plays where chain is not null and counterpart is distinct from 'adopted' group by play_item_id
+        """,
         base=("plays",),
         shared=_SHARED,
     ),
@@ -29,7 +33,7 @@ DERIVED = (
         """
         select play_item_id, date_trunc('month', created_at)::date as timestamp, left(country, 200) as country,
                count(*) as count
-        from plays where chain is not null group by 1, 2, 3
+        from plays where chain is not null and counterpart is distinct from 'adopted' group by 1, 2, 3
         """,
         base=("plays",),
         shared=_SHARED,
@@ -38,7 +42,7 @@ DERIVED = (
         "hourly_play_counts",
         """
         select date_trunc('hour', created_at) as hourly_timestamp, count(*) as play_count
-        from plays where chain is not null group by 1
+        from plays where chain is not null and counterpart is distinct from 'adopted' group by 1
         """,
         base=("plays",),
         shared=_SHARED,
@@ -61,6 +65,9 @@ class Aggregates:
             "select play_item_id as track, count as plays from aggregate_plays order by count desc, track limit 10",
         ),
     )
+
+    async def prepare(self, connection: Connection) -> None:
+        await beside.refuse_trigger(connection, self.name)
 
     async def apply(self, tx: Tx, blocks: Sequence[Block]) -> None:
         plays = tx.inserted("plays")

@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
 
-from indexer import Block, Derived, EventSpec, Panel, Tx, sql_folder
+from hooks import beside
+from hooks.ownership import Owners
+from indexer import Block, Connection, Derived, EventSpec, Panel, Tx, sql_folder
 
 THRESHOLDS = (
     10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000,
@@ -23,13 +25,13 @@ DERIVED = Derived(
     from (
         select play_item_id, slot, created_at,
                row_number() over (partition by play_item_id order by chain, slot, id) as total
-        from plays where chain is not null
+        from plays where chain is not null and counterpart is distinct from 'adopted'
     ) as counted
     where total in (10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 25000, 50000, 100000, 250000, 500000, 1000000)
     """,
     base=("plays",),
     only="name = 'LISTEN_COUNT'",
-    shared="select exists (select from plays where chain is null)",
+    shared="select exists (select from plays where chain is null or counterpart = 'adopted')",
 )
 
 Reached = tuple[int, int, int, datetime]  # track, threshold, slot, time of the play that reached it
@@ -38,6 +40,9 @@ Reached = tuple[int, int, int, datetime]  # track, threshold, slot, time of the 
 class Milestones:
     """The hook `milestones`. Needs the running totals of `aggregates`.
 
+    Told is who owned the track as of the block in which the milestone was reached, where `entities` is enabled; else
+    who owns it now.
+
     A rebuild keeps `notification` as it is: what was said can't be taken back, and who owned a track then is not known.
     """
 
@@ -45,6 +50,7 @@ class Milestones:
     listens: tuple[EventSpec, ...] = ()
     tables = ("milestones", "notification")
     after = ("plays", "aggregates")
+    also_after = ("entities",)
     migrations = ("plays", sql_folder("plays"))
     derived = (DERIVED,)
     kept = ("notification",)
@@ -55,6 +61,9 @@ class Milestones:
             " order by timestamp desc, threshold desc limit 10",
         ),
     )
+
+    async def prepare(self, connection: Connection) -> None:
+        await beside.refuse_trigger(connection, self.name)
 
     async def apply(self, tx: Tx, blocks: Sequence[Block]) -> None:
         plays = tx.inserted("plays")
@@ -79,12 +88,15 @@ class Milestones:
 
     async def _announce(self, tx: Tx, reached: Sequence[Reached]) -> None:
         """Write the milestones that are not there yet, and tell the owners of those tracks that have one."""
+        owners = Owners(tx)
+        await owners.read_tracks(track for track, _, _, _ in reached)
+        tracks = [owners.track(track, slot) for track, _, slot, _ in reached]
         columns = [list(column) for column in zip(*reached, strict=True)]
         written = await tx.fetchrow(
             """
             with reached as (
-                select * from unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::timestamp[])
-                    with ordinality as r (track, threshold, slot, at, place)
+                select * from unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::timestamp[], $5::bigint[])
+                    with ordinality as r (track, threshold, slot, at, owner, place)
             ), new as (
                 insert into milestones (id, name, threshold, slot, timestamp)
                 select track, 'LISTEN_COUNT', threshold, slot, at from reached order by track, threshold
@@ -92,16 +104,13 @@ class Milestones:
                 returning id, threshold
             ), told as (
                 insert into notification (specifier, group_id, type, slot, timestamp, data, user_ids)
-                select tracks.owner_id::text,
-                       'milestone:LISTEN_COUNT:id:' || reached.track || ':threshold:' || reached.threshold,
-                       'milestone', reached.slot, reached.at,
-                       jsonb_build_object('type', 'LISTEN_COUNT', 'track_id', reached.track,
-                                          'threshold', reached.threshold),
-                       array[tracks.owner_id::int]
+                select owner::text, 'milestone:LISTEN_COUNT:id:' || track || ':threshold:' || reached.threshold,
+                       'milestone', slot, at,
+                       jsonb_build_object('type', 'LISTEN_COUNT', 'track_id', track, 'threshold', reached.threshold),
+                       array[owner::int]
                 from reached
-                join new on new.id = reached.track and new.threshold = reached.threshold
-                join tracks on tracks.track_id = reached.track and tracks.is_current
-                    and tracks.owner_id between -2147483648 and 2147483647 -- else the owner can't be in user_ids
+                join new on new.id = track and new.threshold = reached.threshold
+                where owner between -2147483648 and 2147483647 -- else the owner can't be in user_ids
                 order by place
                 on conflict do nothing
                 returning 1
@@ -109,6 +118,7 @@ class Milestones:
             select (select count(*) from new) as milestones, (select count(*) from told) as notifications
             """,
             *columns,
+            [track.owner_id if track is not None and track.is_current else None for track in tracks],
         )
         assert written is not None
         tx.wrote("milestones", "inserted", written["milestones"])

@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from indexer import Block, EventSpec, Row, Tx, sql_folder
+from hooks import beside, upkeep
+from indexer import Block, Connection, EventSpec, Row, Tx, sql_folder
 
 COLUMNS = (
     "user_id", "play_item_id", "created_at", "slot", "signature", "city", "region", "country",
@@ -33,7 +34,10 @@ _RFC3339 = re.compile(
 
 
 class PlaysSettings(BaseModel):
-    """[hooks.plays]: the event that is a play, and the arguments that are its fields ("" where it has none)."""
+    """[hooks.plays]: the event that is a play, the arguments that are its fields ("" where it has none), and company.
+
+    Beside another writer each play is looked up, and spans are short: that writer waits for our transactions.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,13 +49,17 @@ class PlaysSettings(BaseModel):
     city: str = Field("city", description="argument with the city")
     region: str = Field("region", description="argument with the region")
     country: str = Field("country", description="argument with the country")
+    beside_writer: bool = Field(False, description="another program writes the same plays into the same table")
+    prune_after_days: int | None = Field(
+        None, ge=400, description="age of the plays that `indexer maintain` deletes, in days; none by default"
+    )
 
 
 class Plays:
     """The hook `plays`. Writes `plays`; a play without a track or a time is skipped, and counted by reason."""
 
     name = "plays"
-    tables = ("plays",)
+    tables: tuple[str, ...] = ("plays",)
     after = ()
     migrations = ("plays", sql_folder("plays"))
     Settings = PlaysSettings
@@ -59,9 +67,18 @@ class Plays:
     def __init__(self, settings: PlaysSettings | None = None) -> None:
         self.fields = settings or PlaysSettings()
         # a name that the operator wrote must be there; a default one may be missing, and the field is empty then
-        chosen = self.fields.model_fields_set - {"event"}
+        chosen = self.fields.model_fields_set - {"event", "beside_writer", "prune_after_days"}
         needed = [getattr(self.fields, field) for field in sorted(chosen | {"track_id"})]
         self.listens = (EventSpec(self.fields.event, tuple(name for name in needed if name)),)
+        self.brief = self.fields.beside_writer
+        self.chores = upkeep.chores(self.fields.prune_after_days)
+        if self.fields.beside_writer:
+            self.tables = ("plays", *beside.TRIGGER_TABLES)
+
+    async def prepare(self, connection: Connection) -> None:
+        await beside.guard(connection, self.fields.beside_writer)
+        if await beside.old_trigger(connection) is not None:
+            self.tables = ("plays", *beside.TRIGGER_TABLES)
 
     async def apply(self, tx: Tx, blocks: Sequence[Block]) -> None:
         fields, chain = self.fields, tx.chain
@@ -86,6 +103,13 @@ class Plays:
                 ))  # fmt: skip
         if _beyond_integer(rows):
             rows = await self._fitting(tx, rows)
+        await self._insert(tx, rows)
+
+    async def _insert(self, tx: Tx, rows: Sequence[Row]) -> None:
+        if tx.recalling:
+            rows = await beside.without_adopted(tx, rows, COLUMNS)
+        elif self.fields.beside_writer:
+            rows = await beside.adopt(tx, rows, COLUMNS)
         await tx.insert_new("plays", COLUMNS, rows, key=PLACE)
 
     async def _fitting(self, tx: Tx, rows: Sequence[Row]) -> list[Row]:

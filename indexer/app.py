@@ -17,13 +17,14 @@ from indexer import journal, ledger, log, metrics, registry
 from indexer.config import Settings, SpanSettings
 from indexer.db import Connection, Database, make_schema, shown
 from indexer.embedded import EmbeddedPostgres, default_data_dir
-from indexer.errors import ConfigError, IndexerError, UsageError, WrongNetwork
+from indexer.errors import ConfigError, IndexerError, UsageError, WrongNetwork, accept_hint
 from indexer.follow import follow, leader_name
 from indexer.migrations import SQL, migrate
 from indexer.model import BlockSource
 from indexer.pipeline import Pipeline, prepare
 from indexer.registry import Registered
 from indexer.sources.choose import make_source
+from indexer.sources.recorded import EndOfFile
 from indexer.state import Role, State
 from indexer.version import version
 from indexer.web import Web
@@ -98,23 +99,26 @@ async def opened(settings: Settings, *, ask_node: bool) -> AsyncIterator[Parts]:
                 chain = None
         if chain is None:
             raise UsageError(f"this database knows no chain {settings.chain.name}: start it with `indexer run`")
-        source = make_source(settings)
+        source = make_source(settings, span=_span_settings(settings, hooks))
         stack.push_async_callback(source.close)
         registry.check_events(hooks, source.events)
         if ask_node and (identity := await source.identity()) != chain.identity:
-            raise WrongNetwork(f"chain {chain.name} is {chain.identity} here, but the node answers for {identity}")
+            raise WrongNetwork(
+                f"chain {chain.name} is {chain.identity} here, but the node answers for {identity}"
+                + accept_hint(settings.chain.source, identity)
+            )
         yield Parts(hooks, source, database, chain)
 
 
-async def run(settings: Settings, *, started: Callable[[State, Web], None] | None = None) -> None:
-    """Run the daemon until it is cancelled.
+async def run(settings: Settings, *, started: Callable[[State, Web], None] | None = None, to_end: bool = False) -> None:
+    """Run the daemon until it is cancelled, or (`to_end`) until a file of blocks is applied to its end.
 
     Raises UsageError (2) for settings that can't work, Temporary (75) where database or node are not to be had at
     start, Halted (3) where a hook stopped it.
     """
     hooks = registry.load_hooks(settings.hooks)
     async with AsyncExitStack() as stack:
-        source = make_source(settings, span=_span_settings(settings, hooks))
+        source = make_source(settings, span=_span_settings(settings, hooks), to_end=to_end)
         stack.push_async_callback(source.close)
         registry.check_events(hooks, source.events)
         database = await stack.enter_async_context(open_database(settings))
@@ -137,7 +141,9 @@ async def run(settings: Settings, *, started: Callable[[State, Web], None] | Non
                 tasks.create_task(follow(database, source, pipeline, state), name="follow")
         except ExceptionGroup as group:
             first = group.exceptions[0]
-            raise first from first.__cause__
+            if not isinstance(first, EndOfFile):
+                raise first from first.__cause__
+            log.get().info("end of file", chain=chain.name, block=state.cursor, file=str(settings.chain.file))
         finally:
             if state.role is not Role.HALTED:
                 state.became(Role.STOPPING)
@@ -160,7 +166,10 @@ async def _open_chain(
     identity = await source.identity()
     wanted = settings.chain.chain_id
     if wanted is not None and wanted != identity:
-        raise WrongNetwork(f"chain.chain_id is {wanted}, but the node answers for chain {identity}: which is right?")
+        raise WrongNetwork(
+            f"chain.chain_id is {wanted}, but the node answers for chain {identity}: which is right?"
+            + accept_hint(settings.chain.source, identity)
+        )
     start = settings.chain.start_block
     start = source.first_block if start is None else start
     async with database.acquire() as connection:
@@ -169,6 +178,8 @@ async def _open_chain(
             newest = (await source.heads()).newest
             if start > newest:
                 raise UsageError(f"the start block {start} is above the chain's head {newest}: lower chain.start_block")
+            if source.instant and start < source.first_block:
+                raise UsageError(f"there is no block before {source.first_block}: raise chain.start_block from {start}")
         chain = await ledger.open_chain(connection, settings.chain.name, settings.chain.source, identity, start)
         if chain.start_block != start:
             log.get().warning(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from indexer import cli_recovery
+from indexer import cli_chain, cli_recovery
 from indexer.errors import HookLoadError, IndexerError
 
 if TYPE_CHECKING:
@@ -63,14 +63,23 @@ def _load(config: Path | None, secrets: Path | None) -> Loaded:
 
 
 @app.command(epilog="Example: indexer run --config indexer.toml")
-def run(config: ConfigOption = None, secrets: SecretsOption = None) -> None:
+def run(
+    config: ConfigOption = None,
+    secrets: SecretsOption = None,
+    from_file: Annotated[
+        Path | None, typer.Option("--from-file", help="Index a recorded file to its end instead, and stop there.")
+    ] = None,
+) -> None:
     """Follow the chain until SIGTERM or Ctrl-C."""
     from indexer import app as application
     from indexer import progress
 
     settings = _load(config, secrets).settings
+    if from_file is not None:
+        chain = settings.chain.model_copy(update={"source": "recorded", "file": from_file})
+        settings = settings.model_copy(update={"chain": chain})
     with progress.shown(settings.log) as started:
-        code = application.serve(lambda: application.run(settings, started=started))
+        code = application.serve(lambda: application.run(settings, started=started, to_end=from_file is not None))
     raise typer.Exit(code)
 
 
@@ -134,16 +143,19 @@ def show_config(config: ConfigOption = None, secrets: SecretsOption = None, as_j
 def demo(
     seconds: Annotated[float | None, typer.Option(help="End by itself after so long; Ctrl-C by default.")] = None,
     chain: Annotated[str, typer.Option(help="anvil, simulated, or auto: anvil where it is at hand.")] = "auto",
-    rpc: Annotated[str | None, typer.Option(help="Follow a real node instead of a local chain.")] = None,
+    network: Annotated[str | None, typer.Option(help="audius: follow the public Open Audio chain.")] = None,
+    rpc: Annotated[str | None, typer.Option(help="Follow this node instead of a local chain.")] = None,
     contract: Annotated[str | None, typer.Option(help="With --rpc: address of a PlayRegistry contract.")] = None,
-    start_block: Annotated[int | None, typer.Option(help="With --rpc: first block; a recent one by default.")] = None,
+    start_block: Annotated[
+        int | None, typer.Option(help="Of a real chain: first block; a recent one by default.")
+    ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Keep the database here; a temporary one by default.")] = None,
     port: Annotated[int, typer.Option(help="Port of the status page; 0 takes a free one.")] = 9464,
 ) -> None:
     """The whole thing on this machine: an embedded Postgres, a local chain, plays arriving, a page to look at."""
     from indexer import demo as demonstration
 
-    options = demonstration.Options(seconds, chain, rpc, contract, start_block, data_dir, port)
+    options = demonstration.Options(seconds, chain, rpc, contract, start_block, data_dir, port, network)
     raise typer.Exit(demonstration.main(options))
 
 
@@ -215,6 +227,7 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 app.add_typer(cli_recovery.app)
+app.add_typer(cli_chain.app)
 
 
 def main() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +15,6 @@ from indexer.errors import Temporary, UsageError
 
 if TYPE_CHECKING:
     from indexer.app import Parts
-    from indexer.pipeline import Applied
     from indexer.replay import Rehearsal, Replayer
     from indexer.segments import Segment
 
@@ -30,7 +27,6 @@ HookOption = Annotated[list[str] | None, typer.Option("--hook", help="Only this 
 
 Work = Callable[["Parts", "Replayer"], Awaitable[int]]
 
-_PROGRESS_SECONDS = 2.0
 _SHOW_SECONDS = 15.0
 
 
@@ -196,55 +192,18 @@ async def _events(parts: Parts, failure: dict[str, Any]) -> list[dict[str, Any]]
     return found
 
 
-class _Progress:
-    """A bar on a terminal, a line every other second elsewhere; and the sums."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.total, self.blocks, self.events, self.rows = total, 0, 0, 0
-        self._started = self._said = time.monotonic()
-        console = Console(stderr=True)
-        self._terminal = console.is_terminal
-        rate = TextColumn("{task.fields[rate]}")
-        columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-        self.bar = Progress(*columns, console=console, disable=not self._terminal, transient=True)
-        self._task = self.bar.add_task("", total=total, rate="")
-
-    def add(self, applied: Applied) -> None:
-        self.blocks += applied.span.last - applied.span.first + 1
-        self.events += applied.span.events
-        self.rows += sum(applied.written.values())
-        rate = f"{self.blocks / self.seconds:,.0f} blocks/s  {self.events / self.seconds:,.0f} events/s"
-        self.bar.update(self._task, completed=min(self.blocks, self.total), rate=rate)
-        if not self._terminal and time.monotonic() - self._said > _PROGRESS_SECONDS:
-            self._said = time.monotonic()
-            eta = max(self.total - self.blocks, 0) * self.seconds / self.blocks
-            text = f"replayed {self.blocks:,} of {self.total:,} blocks  {rate}  ETA {eta:,.0f} s"
-            print(text, file=sys.stderr, flush=True)
-
-    @property
-    def seconds(self) -> float:
-        return max(time.monotonic() - self._started, 0.001)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return {
-            "planned": self.total, "blocks": self.blocks, "events": self.events, "rows": self.rows,
-            "seconds": round(self.seconds, 3),
-        }  # fmt: skip
-
-
 async def _carry_out(replayer: Replayer, plan: Sequence[Segment]) -> dict[str, Any]:
     """Replay, showing how it goes; returns the sums."""
-    progress = _Progress(sum(one.last - one.first + 1 for one in plan))
-    with progress.bar:
+    from indexer.progress import Bar
+
+    rows = 0
+    with Bar("replaying", "replayed", sum(one.last - one.first + 1 for one in plan)) as bar:
         async for applied in replayer.replay(plan):
-            progress.add(applied)
+            rows += sum(applied.written.values())
+            bar.add(applied.span.last - applied.span.first + 1, applied.span.events)
     filled = {name for one in plan for name in one.fill}
     derived = [one.name for one in replayer.hooks if one.name in filled and getattr(one.hook, "derived", None)]
-    return {**progress.facts, "failures": [str(one) for one in replayer.failures], "verify": derived}
+    return {**bar.facts, "rows": rows, "failures": [str(one) for one in replayer.failures], "verify": derived}
 
 
 # -- what is printed -----------------------------------------------------------------------------------------------

@@ -18,11 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from indexer import app, log
-from indexer.config import LogSettings, Settings
+from indexer.config import LogSettings, Settings, shown_url
 from indexer.db import Database
 from indexer.demochain import PLAY_REGISTRY, DemoChain, local_chain
 from indexer.embedded import EmbeddedPostgres
 from indexer.errors import DatabaseUnavailable, UsageError
+from indexer.sources.choose import make_source
 from indexer.state import State
 
 if TYPE_CHECKING:
@@ -31,9 +32,15 @@ if TYPE_CHECKING:
     from indexer.web import Web
 
 HOOKS = ["hooks.plays:plays", "hooks.aggregates:aggregates", "hooks.milestones:milestones"]
+# on a Core chain there are people and tracks, too; who owns a track is known before a milestone of it is told
+CORE_HOOKS = [
+    "hooks.entities:entities", *HOOKS, "hooks.listeners:listeners", "hooks.challenges:challenges",
+]  # fmt: skip
+NETWORKS = {"audius": "https://rpc.audius.co"}
 _PLAIN_SECONDS = 2.0
 # how far back a real chain is followed by default
 _RECENT_BLOCKS = 1_000
+_RECENT_CORE_BLOCKS = 300
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -46,6 +53,7 @@ class Options(msgspec.Struct, frozen=True):
     start_block: int | None
     data_dir: Path | None
     port: int
+    network: str | None = None
 
 
 class _Running:
@@ -61,33 +69,47 @@ def main(options: Options) -> int:
     """Run the demo; returns the exit code. Raises UsageError for options that don't fit together."""
     if options.chain not in ("auto", "anvil", "simulated"):
         raise UsageError(f'--chain "{options.chain}" is not known: anvil, simulated or auto')
-    if (options.rpc is None) != (options.contract is None):
+    if options.network is not None and options.network not in NETWORKS:
+        raise UsageError(f'--network "{options.network}" is not known: {", ".join(NETWORKS)}')
+    if options.network is not None and options.contract is not None:
+        raise UsageError("--contract is of an EVM chain, and --network is another one: leave out one of them")
+    if options.network is None and (options.rpc is None) != (options.contract is None):
         raise UsageError("--rpc and --contract go together: the node's address and that of a PlayRegistry contract")
-    # the summary is what is looked at here; of the log only what is wrong
-    log.configure(LogSettings(level="warning", format="console"))
+    if options.rpc is not None and not options.rpc.startswith(("http://", "https://")):
+        raise UsageError("--rpc is the address of a node, and begins with http:// or https://")
+    # a node that can't be reached is said once, by the error that ends us
+    log.configure(LogSettings(level="error", format="console"))
     return app.serve(lambda: _demo(options))
 
 
 async def _demo(options: Options) -> None:
     async with AsyncExitStack() as stack:
+        _print("Looking for a chain ...")
+        chain = await stack.enter_async_context(_chain(options))
+        # the summary is what is looked at here; of the log only what is wrong
+        log.configure(LogSettings(level="warning", format="console"))
         data_dir = options.data_dir
         if data_dir is None:
             data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="indexer-demo-"))) / "postgres"
         _print(f"Starting Postgres in {data_dir} ...")
         server = await stack.enter_async_context(EmbeddedPostgres(data_dir))
-        chain = await stack.enter_async_context(_chain(options))
         _print(f"Postgres {server.version}; {chain.description}")
-        settings = Settings(
-            database={"url": server.dsn},
-            chain={
-                "name": "demo", "endpoints": [{"url": chain.url, "ws": chain.ws_url, "name": chain.name}],
-                "start_block": chain.start_block,
-            },
-            contracts=[{"name": "PlayRegistry", "address": chain.contract, "abi": PLAY_REGISTRY, "events": ["Played"]}],
-            hooks={"enabled": HOOKS},
-            http={"port": options.port},
-        )  # fmt: skip
-        await _together(settings, chain, options.seconds)
+        await _together(_settings(options, chain, server.dsn), chain, options.seconds)
+
+
+def _settings(options: Options, chain: DemoChain, dsn: str) -> Settings:
+    contract = {"name": "PlayRegistry", "address": chain.contract, "abi": PLAY_REGISTRY, "events": ["Played"]}
+    return Settings(
+        database={"url": dsn},
+        chain={
+            "name": "demo", "source": "evm" if chain.contract else "core",
+            "endpoints": [{"url": chain.url, "ws": chain.ws_url, "name": chain.name}],
+            "start_block": chain.start_block,
+        },
+        contracts=[contract] if chain.contract else [],
+        hooks={"enabled": HOOKS if chain.contract else CORE_HOOKS},
+        http={"port": options.port},
+    )  # fmt: skip
 
 
 async def _together(settings: Settings, chain: DemoChain, seconds: float | None) -> None:
@@ -121,6 +143,14 @@ async def _together(settings: Settings, chain: DemoChain, seconds: float | None)
 
 @asynccontextmanager
 async def _chain(options: Options) -> AsyncIterator[DemoChain]:
+    if options.network is not None:
+        url = options.rpc or NETWORKS[options.network]
+        newest, first = await _core_blocks(url)
+        recent = max(first, newest - _RECENT_CORE_BLOCKS)
+        begin = recent if options.start_block is None else options.start_block
+        description = f"the Open Audio Core chain from block {begin:,} on, by {shown_url(url)}"
+        yield DemoChain(options.network, description, url, None, "", begin)
+        return
     if options.rpc is None or options.contract is None:
         async with local_chain(options.chain) as chain:
             yield chain
@@ -132,6 +162,16 @@ async def _chain(options: Options) -> AsyncIterator[DemoChain]:
         async with DevClient(options.rpc) as client:
             start = max(0, await client.block_number() - _RECENT_BLOCKS)
     yield DemoChain("node", "a real chain, from your node", options.rpc, None, options.contract, start)
+
+
+async def _core_blocks(url: str) -> tuple[int, int]:
+    """The newest block of a Core chain and its first; raises RpcUnavailable where its node does not answer in time."""
+    source = make_source(Settings(chain={"source": "core", "endpoints": [{"url": url}]}))
+    try:
+        await source.identity()
+        return (await source.heads()).newest, source.first_block
+    finally:
+        await source.close()
 
 
 async def _facts(connection: asyncpg.Connection[Any]) -> dict[str, Any]:

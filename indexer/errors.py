@@ -9,7 +9,8 @@
     │   └── WrongNetwork      the chain is not the one that was configured or first seen
     ├── Halted            3   nothing can be committed before a person has looked
     │   ├── HookFailed        a hook raised, and its policy is to halt (UndeclaredTable: it wrote a foreign table)
-    │   └── DeepReorg         the chain changed below what was final
+    │   ├── DeepReorg         the chain changed below what was final
+    │   └── MissingBlock      a block that the chain has passed, and that no node gives
     └── Temporary        75   may be well again by itself
         ├── DatabaseUnavailable
         ├── RpcUnavailable
@@ -53,6 +54,13 @@ class WrongNetwork(UsageError):
     pass
 
 
+def accept_hint(source: str, identity: str) -> str:
+    """What else can be done about another chain id: a chain of some kinds may have been started anew under it."""
+    if source == "evm":
+        return ""
+    return f"; if the chain was started anew under that id: `indexer chain accept {identity}` takes the new chain"
+
+
 class Halted(IndexerError):
     exit_code = 3
 
@@ -73,6 +81,14 @@ class UndeclaredTable(Exception):
 
 class DeepReorg(Halted):
     pass
+
+
+class MissingBlock(Halted):
+    """A hole in the heights: block `number` is not to be had, though the chain goes on after it."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class Temporary(IndexerError):

@@ -21,7 +21,7 @@ from indexer.db import (
     translated,
     try_lead,
 )
-from indexer.errors import DatabaseUnavailable, DeepReorg, HookFailed, LostLeadership
+from indexer.errors import DatabaseUnavailable, DeepReorg, Halted, HookFailed, LostLeadership
 from indexer.ledger import Cursor, Pace
 from indexer.model import BlockRef, BlockSource, Heads, Span
 from indexer.pipeline import Applied, Pipeline
@@ -213,7 +213,7 @@ class Follower:
 async def follow(database: Database, source: BlockSource, pipeline: Pipeline, state: State) -> None:
     """Follow for ever: lead where nobody else does, stand by otherwise, and try again what the database did not take.
 
-    Ends only by cancellation or by an error that is not the database's: HookFailed (already recorded), a bug.
+    Ends only by cancellation or by an error that is not the database's: Halted (already logged), WrongNetwork, a bug.
     """
     pause = _FIRST_PAUSE_SECONDS
     while True:
@@ -223,6 +223,10 @@ async def follow(database: Database, source: BlockSource, pipeline: Pipeline, st
                 await _lead(connection, source, pipeline, state)
         except HookFailed as failed:
             await _record_halt(database, pipeline, state, failed)
+            raise
+        except Halted as halted:
+            state.became(Role.HALTED, str(halted))
+            log.get().error("halted", chain=state.chain, block=state.cursor + 1, error=str(halted))
             raise
         except LostLeadership as error:
             state.became(Role.STARTING, str(error))

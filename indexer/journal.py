@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
+
+import asyncpg
 
 from indexer.db import Connection
 from indexer.errors import LostLeadership
 from indexer.ledger import moment
 from indexer.model import BlockRef, Span
+
+_WATCH_SECONDS = 30.0
+_WATCH_PAUSE_SECONDS = 0.2
 
 
 async def remember(connection: Connection, chain: int, span: Span, final: int) -> None:
@@ -34,9 +41,24 @@ async def window(connection: Connection, chain: int) -> list[BlockRef]:
 
 
 async def watch(connection: Connection, tables: Sequence[str]) -> None:
-    """Journal these tables (triggers, made once), so that a reorganisation can be undone in them."""
+    """Journal these tables (triggers, made once), so that a reorganisation can be undone in them.
+
+    To make a trigger we wait for those who write the table, and who comes then waits behind us: so in short turns.
+    """
+    deadline = time.monotonic() + _WATCH_SECONDS
     for table in tables:
-        await connection.execute("select indexer.watch($1::text::regclass)", table)
+        while True:
+            try:
+                async with connection.transaction():
+                    before = await connection.fetchval("select current_setting('lock_timeout')")
+                    await connection.execute("set local lock_timeout = '300ms'")
+                    await connection.execute("select indexer.watch($1::text::regclass)", table)
+                    await connection.fetchval("select set_config('lock_timeout', $1, true)", before)
+                break
+            except asyncpg.LockNotAvailableError:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_WATCH_PAUSE_SECONDS)
 
 
 async def journal_from(connection: Connection, chain: int, number: int) -> None:

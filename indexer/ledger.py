@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,7 +11,7 @@ import asyncpg
 import msgspec
 
 from indexer.db import Connection
-from indexer.errors import HookFailed, LostLeadership, WrongNetwork
+from indexer.errors import HookFailed, LostLeadership, WrongNetwork, accept_hint
 from indexer.model import BlockRef, Heads, Quarantined, Span
 
 # asyncpg's type for int8multirange is a list of ranges
@@ -68,6 +68,7 @@ async def open_chain(connection: Connection, name: str, source: str, identity: s
         raise WrongNetwork(
             f"chain {name} in this database is {chain.identity}, the node answers for {identity}: "
             "point chain.endpoints at the right network, or give this chain another chain.name"
+            + accept_hint(source, identity)
         )
     return chain
 
@@ -77,6 +78,22 @@ async def find_chain(connection: Connection, name: str) -> ChainRow | None:
         "select id, name, source, identity, start_block from indexer.chain where name = $1", name
     )
     return ChainRow(**dict(row)) if row else None
+
+
+async def chains(connection: Connection) -> list[dict[str, Any]]:
+    """All chains of this database with how far they are applied, in the order in which they came."""
+    rows = await connection.fetch(
+        """
+        select chain.id, chain.name, chain.source, chain.identity, chain.start_block, cursor.number as cursor
+        from indexer.chain left join indexer.cursor on cursor.chain = chain.id
+        order by chain.id
+        """
+    )
+    return [dict(row) for row in rows]
+
+
+async def rename_chain(connection: Connection, chain: int, name: str) -> None:
+    await connection.execute("update indexer.chain set name = $2 where id = $1", chain, name)
 
 
 async def cursor(connection: Connection, chain: int) -> Cursor:
@@ -305,8 +322,13 @@ def moment(seconds: int) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-async def note_pruned(connection: Connection, table: str, before: datetime, rows: int) -> None:
-    """Say that a job deleted `rows` rows of `table` from before that moment (UTC): in the delete's own transaction."""
+async def note_pruned(
+    connection: Connection, table: str, before: datetime, rows: int, *, blocks: Mapping[int, int] = {}
+) -> None:
+    """Say that a job deleted `rows` rows of `table` from before that moment (UTC): in the delete's own transaction.
+
+    `blocks`: for each chain the newest block of which a row is gone. Up to there replays that need it are refused.
+    """
     await connection.execute(
         """
         insert into indexer.pruned as known (relation, before, rows) values ($1::text::regclass, $2, $3)
@@ -315,3 +337,23 @@ async def note_pruned(connection: Connection, table: str, before: datetime, rows
         """,
         table, before, rows,
     )  # fmt: skip
+    await connection.execute(
+        """
+        insert into indexer.pruned_blocks as known (relation, chain, last)
+        select $1::text::regclass, * from unnest($2::smallint[], $3::bigint[])
+        on conflict (relation, chain) do update set last = greatest(known.last, excluded.last)
+        """,
+        table, list(blocks), list(blocks.values()),
+    )  # fmt: skip
+
+
+async def pruned_blocks(connection: Connection, chain: int, tables: Sequence[str]) -> dict[str, int]:
+    """For those of the tables that were pruned the newest block of which a row is gone."""
+    rows = await connection.fetch(
+        """
+        select name, last from unnest($2::text[]) as name
+        join indexer.pruned_blocks on relation = to_regclass(name) and chain = $1
+        """,
+        chain, list(tables),
+    )  # fmt: skip
+    return {row["name"]: row["last"] for row in rows}

@@ -3,8 +3,18 @@
 A line is a name and a folder: the engine's is ("indexer", SQL), a package of hooks brings its own. Each file is one
 transaction. The engine's files name their schema; the tables of the other lines land in the search path's first one.
 
-A file whose first line is `-- no-transaction` (for `create index concurrently`) holds one statement and runs outside a
-transaction. It should say `if not exists`: a crash right after it lets it run again.
+A file may begin with directives, a line each:
+
+- `-- no-transaction` (for `create index concurrently`): it holds one statement and runs outside a transaction. It
+  should say `if not exists`: a crash right after it lets it run again. An index of that name that an interrupted build
+  has left invalid is dropped before.
+- `-- unless: <condition>`: where this is true there is nothing to do, and the file counts as applied.
+- `-- lock-timeout: 300ms`: it asks for locks on tables that others use all the time. Who waits for such a lock makes
+  all others queue behind him, so it gives up after this long, and tries again.
+
+A line's first file may have a sibling 0001_name.existing.sql, for a database in which another program has made the
+line's tables: it begins with `-- where: <condition>`, and is taken instead, under the same number, where that is true
+and nothing of the line is applied yet.
 """
 
 from __future__ import annotations
@@ -15,11 +25,13 @@ import re
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import asyncpg
 
+from indexer import log
 from indexer.db import Connection, is_transient, translated
 from indexer.errors import DatabaseUnavailable, MigrationError
 
@@ -28,7 +40,11 @@ _IN_PACKAGE = Path(__file__).parent / "sql"
 SQL: Path = _IN_PACKAGE if _IN_PACKAGE.is_dir() else Path(__file__).parent.parent / "sql"
 
 POLL_SECONDS = 0.1
-_FILE = re.compile(r"(\d{4})_([A-Za-z0-9_]+)\.sql")
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 2.0
+_FILE = re.compile(r"(\d{4})_([A-Za-z0-9_]+(\.existing)?)\.sql")
+_DIRECTIVE = re.compile(r"-- (no-transaction|unless:|where:|lock-timeout:) *(.*?)\s*")
+_INDEX = re.compile(r"^\s*create\s+(?:unique\s+)?index\s+concurrently\s+if\s+not\s+exists\s+(\w+)", re.I | re.M)
 _CONTROL = re.compile(r"^\s*(begin|commit|rollback|start\s+transaction)\s*;", re.IGNORECASE | re.MULTILINE)
 # asyncpg can't be told to wait for ever on a connection that has a limit of its own
 _FOR_EVER_SECONDS = 7 * 86_400.0
@@ -39,9 +55,12 @@ def sql_folder(line: str) -> Path:
     return SQL / line
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Migration:
-    """A file of a line, as read from the disk; `checksum` is the sha256 of its bytes, in hex."""
+    """A file of a line, as read from the disk; `checksum` is the sha256 of its bytes, in hex.
+
+    `existing` is its sibling for a database that has the line's tables already.
+    """
 
     line: str
     number: int
@@ -49,10 +68,22 @@ class Migration:
     path: Path
     text: str
     checksum: str
+    existing: Migration | None = None
+
+    @cached_property
+    def directives(self) -> Mapping[str, str]:
+        """The directives at the file's head, as {"unless:": condition}."""
+        found: dict[str, str] = {}
+        for line in self.text.splitlines():
+            match = _DIRECTIVE.fullmatch(line)
+            if match is None:
+                break
+            found[match[1]] = match[2]
+        return found
 
     @property
     def in_transaction(self) -> bool:
-        return self.text.partition("\n")[0].strip() != "-- no-transaction"
+        return "no-transaction" not in self.directives
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +105,10 @@ async def migrate(
 ) -> list[Applied]:
     """Apply what is missing, line by line, and return it in order; a dry run returns the same and changes nothing.
 
-    Of several starters one applies, and the others wait `timeout_seconds` for it. The files before one that fails stay
-    applied. The connection is in no transaction. Raises MigrationError where the files are wrong, were changed after
-    they were applied or are fewer than the database has seen, DatabaseUnavailable where the database has troubles.
+    Of several starters one applies, and the others wait `timeout_seconds` for it; it waits as long for the locks that
+    a file asks for with a lock-timeout. The files before one that fails stay applied. The connection is in no
+    transaction. Raises MigrationError where the files are wrong, were changed after they were applied or are fewer than
+    the database has seen, DatabaseUnavailable where the database has troubles.
     """
     missing = await pending(connection, lines)
     if dry_run or not missing:
@@ -85,7 +117,7 @@ async def migrate(
         async with _alone(connection, timeout_seconds), _unlimited(connection):
             await _make_table(connection)
             missing = await pending(connection, lines)  # another starter may have been here
-            return [await _apply(connection, one) for one in missing]
+            return [await _apply(connection, one, timeout_seconds) for one in missing]
 
 
 async def pending(connection: Connection, lines: Sequence[tuple[str, Path]]) -> list[Migration]:
@@ -103,8 +135,8 @@ async def pending(connection: Connection, lines: Sequence[tuple[str, Path]]) -> 
             )
         for one in files:
             if one.number not in seen:
-                missing.append(one)
-            elif seen[one.number] != one.checksum:
+                missing.append(await _suited(connection, one))
+            elif seen[one.number] not in (one.checksum, one.existing and one.existing.checksum):
                 raise MigrationError(
                     f"{one.path.name} of {line} was changed after it was applied: restore the file and put the change "
                     "into a new one"
@@ -112,11 +144,21 @@ async def pending(connection: Connection, lines: Sequence[tuple[str, Path]]) -> 
     return missing
 
 
+async def _suited(connection: Connection, one: Migration) -> Migration:
+    """The file itself, or its sibling where the database has the line's tables already."""
+    if one.existing is None:
+        return one
+    with translated(), _explained(one.existing):
+        there = await connection.fetchval("select " + one.existing.directives["where:"])
+    return one.existing if there else one
+
+
 def _read(line: str, folder: Path) -> list[Migration]:
     """The files of a line by number, which are 1, 2, 3 ..."""
     if not folder.is_dir():
         raise MigrationError(f"the migrations of {line} are not there: {folder} is no folder")
     migrations: list[Migration] = []
+    siblings: list[Migration] = []
     for path in sorted(folder.glob("*.sql")):
         match = _FILE.fullmatch(path.name)
         if match is None:
@@ -129,14 +171,26 @@ def _read(line: str, folder: Path) -> list[Migration]:
         if _CONTROL.search(text):
             raise MigrationError(f"{path.name} of {line} must not begin or end transactions: each file is one already")
         checksum = hashlib.sha256(content).hexdigest()
-        migrations.append(Migration(line, int(match[1]), match[2], path, text, checksum))
+        one = Migration(line, int(match[1]), match[2], path, text, checksum)
+        (siblings if match[3] else migrations).append(one)
     for expected, one in enumerate(migrations, 1):
         if one.number != expected:
             trouble = "stands twice" if one.number < expected else f"follows {expected - 1:04d}"
             raise MigrationError(
                 f"the migrations of {line} must be numbered from 0001 without a gap: {one.path.name} {trouble}"
             )
+    for one in siblings:
+        _check_sibling(one, migrations)
+        migrations[0] = replace(migrations[0], existing=one)
     return migrations
+
+
+def _check_sibling(one: Migration, migrations: Sequence[Migration]) -> None:
+    # what an earlier file of the same run makes would be there for a later one's condition as if others had made it
+    if not migrations or one.number != 1 or one.name != f"{migrations[0].name}.existing":
+        raise MigrationError(f"{one.path.name} of {one.line} must be named as the first file, 0001_name.existing.sql")
+    if not one.directives.get("where:"):
+        raise MigrationError(f'{one.path.name} of {one.line} must begin with "-- where: <condition>"')
 
 
 async def _known(connection: Connection) -> Mapping[str, Mapping[int, str]]:
@@ -202,20 +256,59 @@ async def _unlimited(connection: Connection) -> AsyncIterator[None]:
             await connection.fetchval("select set_config('statement_timeout', $1, false)", before)
 
 
-async def _apply(connection: Connection, one: Migration) -> Applied:
+async def _apply(connection: Connection, one: Migration, patience_seconds: float) -> Applied:
     began = time.monotonic()
     path = await connection.fetchval("select current_setting('search_path')")
+    unless = one.directives.get("unless:")
     with _explained(one):
-        if one.in_transaction:
-            async with connection.transaction():
-                await connection.execute(one.text, timeout=_FOR_EVER_SECONDS)
-                seconds = await _record(connection, one, began)
+        if unless and await connection.fetchval("select " + unless):
+            seconds = await _record(connection, one, began)
+        elif one.in_transaction:
+            seconds = await _apply_whole(connection, one, began, patience_seconds)
         else:
+            await _drop_unfinished(connection, one)
             await connection.execute(one.text, timeout=_FOR_EVER_SECONDS)
             seconds = await _record(connection, one, began)
     # a file that sets it for itself must not move the tables of the next line
     await connection.fetchval("select set_config('search_path', $1, false)", path)
     return Applied(one.line, one.number, one.name, seconds)
+
+
+async def _apply_whole(connection: Connection, one: Migration, began: float, patience_seconds: float) -> float:
+    """One transaction; tried again where the file would rather give up a lock than have others wait behind it."""
+    lock_timeout = one.directives.get("lock-timeout:")
+    pause = _FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            async with connection.transaction():
+                if lock_timeout:
+                    await connection.fetchval("select set_config('lock_timeout', $1, true)", lock_timeout)
+                await connection.execute(one.text, timeout=_FOR_EVER_SECONDS)
+                return await _record(connection, one, began)
+        except asyncpg.LockNotAvailableError as error:
+            waited = time.monotonic() - began
+            if not lock_timeout or waited > patience_seconds:
+                raise
+            log.get().warning(
+                "migration waits for a lock", file=one.path.name, line=one.line, error=str(error),
+                seconds=round(waited, 1),
+            )  # fmt: skip
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+
+
+async def _drop_unfinished(connection: Connection, one: Migration) -> None:
+    """Drop the index that an interrupted build of this file has left: `if not exists` would take it for a good one."""
+    match = _INDEX.search(one.text)
+    drop = match and await connection.fetchval(
+        """
+        select format('drop index concurrently %s', indexrelid::regclass)
+        from pg_index where indexrelid = to_regclass($1) and not indisvalid
+        """,
+        match[1],
+    )
+    if drop:
+        await connection.execute(drop, timeout=_FOR_EVER_SECONDS)
 
 
 async def _record(connection: Connection, one: Migration, began: float) -> float:

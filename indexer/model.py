@@ -97,10 +97,14 @@ class Heads(msgspec.Struct, frozen=True, gc=False):
 
 
 class EventSpec(msgspec.Struct, frozen=True):
-    """An event that a hook listens to, and the arguments that it can't do without."""
+    """An event that a hook listens to, and the arguments that it can't do without.
+
+    `optional`: a source may lack the event, as long as it has another one that the hook listens to.
+    """
 
     name: str
     args: tuple[str, ...] = ()
+    optional: bool = False
 
 
 class NodeFacts(Protocol):

@@ -1,15 +1,18 @@
-"""The progress bar of `indexer run`: on a terminal, while it catches up. Elsewhere the log lines are the progress."""
+"""Progress bars, on a terminal. `indexer run` shows one while it catches up, elsewhere its log lines are the progress;
+a command on a range of blocks writes a plain line now and then."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from indexer import log
 from indexer.config import LogSettings
@@ -22,6 +25,7 @@ Started = Callable[[State, "Web"], None]
 
 # A handful of blocks behind is following, not catching up.
 _CATCHING_UP_BLOCKS = 20
+_PLAIN_SECONDS = 2.0
 
 
 @contextmanager
@@ -90,3 +94,48 @@ class _Through:
 
     def isatty(self) -> bool:
         return True
+
+
+class Bar:
+    """How far a command is with its blocks: a bar on a terminal, a line every other second elsewhere; and the sums.
+
+    `doing` and `done` are what it does with them, as "replaying" and "replayed".
+    """
+
+    def __init__(self, doing: str, done: str, total: int) -> None:
+        self.done, self.total, self.blocks, self.events = done, total, 0, 0
+        self._started = self._said = time.monotonic()
+        console = Console(stderr=True)
+        self._terminal = console.is_terminal
+        rate = TextColumn("{task.fields[rate]}")
+        columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, disable=not self._terminal, transient=True)
+        self._task = self._bar.add_task("", total=total, rate="")
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._bar.stop()
+
+    def add(self, blocks: int, events: int) -> None:
+        self.blocks += blocks
+        self.events += events
+        rate = f"{self.blocks / self.seconds:,.0f} blocks/s  {self.events / self.seconds:,.0f} events/s"
+        self._bar.update(self._task, completed=min(self.blocks, self.total), rate=rate)
+        if not self._terminal and time.monotonic() - self._said > _PLAIN_SECONDS:
+            self._said = time.monotonic()
+            eta = max(self.total - self.blocks, 0) * self.seconds / max(self.blocks, 1)
+            text = f"{self.done} {self.blocks:,} of {self.total:,} blocks  {rate}  ETA {eta:,.0f} s"
+            print(text, file=sys.stderr, flush=True)
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._started, 0.001)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "planned": self.total, "blocks": self.blocks, "events": self.events, "seconds": round(self.seconds, 3),
+        }  # fmt: skip

@@ -27,46 +27,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
 import msgspec
 
 from indexer import journal, ledger
-from indexer.db import Connection, is_transient, translated
-from indexer.errors import HookLoadError, Temporary, UsageError
+from indexer.db import Connection, translated
+from indexer.derivation import Compared, Statements, Written, compare, derived_of, is_shared, statements_of, write
+from indexer.errors import Temporary, UsageError
 from indexer.model import BlockRef, Derived, Hook
 from indexer.registry import Registered
 
-# a long history is not a query gone wrong; asyncpg can't be told to wait for ever on a connection with a limit
-_FOR_EVER_SECONDS = 7 * 86_400.0
 SAMPLES = 5
 
 Say = Callable[[str], None]
-
-
-class Sample(msgspec.Struct, frozen=True):
-    """A row that differs: as it is, and as it must be."""
-
-    kind: str  # missing, superfluous, different
-    present: dict[str, Any] | None
-    wanted: dict[str, Any] | None
-
-
-class Compared(msgspec.Struct, frozen=True):
-    """A derived table beside what it must hold. `rows`: how many of the hook's rows are there."""
-
-    table: str
-    rows: int
-    missing: int
-    superfluous: int
-    different: int
-    samples: tuple[Sample, ...] = ()
-
-    @property
-    def equal(self) -> bool:
-        return not (self.missing or self.superfluous or self.different)
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -77,13 +53,6 @@ class Verified(msgspec.Struct, frozen=True):
     tables: tuple[Compared, ...]
     kept: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
-
-
-class Written(msgspec.Struct, frozen=True):
-    table: str
-    inserted: int
-    changed: int
-    deleted: int
 
 
 class Rewound(msgspec.Struct, frozen=True):
@@ -104,19 +73,6 @@ class Rebuilt(msgspec.Struct, frozen=True):
     open_tables: tuple[str, ...] = ()  # neither derived nor kept: because of them holes stay open
 
 
-class _Statements(msgspec.Struct, frozen=True):
-    """SQL on one derived table, as Postgres itself put it together (sql/0003_derived.sql)."""
-
-    derived: Derived
-    lock: str
-    counting: str
-    comparing: str
-    collecting: str
-    deleting: str
-    changing: str
-    inserting: str
-
-
 class _Locked(msgspec.Struct, frozen=True):
     """A chain whose cursor we hold."""
 
@@ -124,25 +80,6 @@ class _Locked(msgspec.Struct, frozen=True):
     name: str
     start_block: int
     at: BlockRef
-
-
-def derived_of(hooks: Sequence[Registered], name: str) -> tuple[Hook, tuple[Derived, ...]]:
-    """The hook and its derived tables. Raises UsageError where it has none, HookLoadError where they can't be meant."""
-    known = [one.hook for one in hooks if getattr(one.hook, "derived", ())]
-    found = next((one.hook for one in hooks if one.name == name), None)
-    able = ", ".join(one.name for one in known) or "none"
-    if found is None:
-        raise UsageError(f"no enabled hook is called {name} (with derived tables: {able})")
-    derived: tuple[Derived, ...] = tuple(getattr(found, "derived", ()))
-    if not derived:
-        raise UsageError(
-            f"the hook {name} derives no table from others, so only its blocks can tell: use `indexer replay` "
-            f"(with derived tables: {able})"
-        )
-    for one in derived:
-        if one.table not in found.tables:
-            raise HookLoadError(f"hook {name} derives {one.table}, which is not among its tables: declare it")
-    return found, derived
 
 
 async def verify(
@@ -158,28 +95,11 @@ async def verify(
         tables = []
         for one in derived:
             say(f"{one.table}: comparing")
-            tables.append(await _compare(connection, await _statements(connection, name, one), samples))
-        shared = tuple([one.table for one in derived if await _is_shared(connection, one)])
+            tables.append(await compare(connection, await statements_of(connection, name, one), samples))
+        shared = tuple([one.table for one in derived if await is_shared(connection, one)])
     derived_tables = {one.table for one in derived}
     kept = tuple(table for table in hook.tables if table not in derived_tables)
     return Verified(name, all(one.equal for one in tables), tuple(tables), kept, shared)
-
-
-async def _compare(connection: Connection, statements: _Statements, samples: int) -> Compared:
-    with _blamed(statements.derived):
-        ours = await connection.fetchval(statements.counting, timeout=_FOR_EVER_SECONDS)
-        # a row of each kind comes along in any case: it carries how many there are
-        rows = await connection.fetch(statements.comparing, max(1, samples), timeout=_FOR_EVER_SECONDS)
-    totals = {row["kind"]: row["total"] for row in rows}
-    shown = tuple(Sample(row["kind"], _object(row["present"]), _object(row["wanted"])) for row in rows)
-    return Compared(
-        statements.derived.table, ours, totals.get("missing", 0), totals.get("superfluous", 0),
-        totals.get("different", 0), shown if samples else (),
-    )  # fmt: skip
-
-
-def _object(text: str | None) -> dict[str, Any] | None:
-    return None if text is None else json.loads(text)
 
 
 async def rebuild(
@@ -205,14 +125,14 @@ async def rebuild(
         await _refuse_gaps(connection, chains, name, base)
         if not only_ours:
             await _refuse_shared(connection, derived)
-        statements = [await _statements(connection, name, one) for one in derived]
+        statements = [await statements_of(connection, name, one) for one in derived]
         for one in statements:
             await connection.execute(one.lock)
         chains, rewound = await _out_of_the_journal(connection, chains, statements, say)
         written = []
         for one in statements:
             say(f"{one.derived.table}: computing")
-            written.append(await _write(connection, one))
+            written.append(await write(connection, one))
         left = _open_tables(hook, derived)
         closed = 0 if left else await _close_holes(connection, chains, name)
     return Rebuilt(name, dry_run, tuple(written), tuple(rewound), closed, left)
@@ -276,56 +196,17 @@ async def _refuse_pruned(connection: Connection, derived: Sequence[Derived]) -> 
         )
 
 
-async def _is_shared(connection: Connection, one: Derived) -> bool:
-    if not one.shared:
-        return False
-    with _blamed(one):
-        return bool(await connection.fetchval(one.shared, timeout=_FOR_EVER_SECONDS))
-
-
 async def _refuse_shared(connection: Connection, derived: Sequence[Derived]) -> None:
     for one in derived:
-        if await _is_shared(connection, one):
+        if await is_shared(connection, one):
             raise UsageError(
                 f"{' and '.join(one.base)} has rows of another writer, and {one.table} may count them as well: a "
                 "rebuild would lose them; look at `indexer verify`, and where they don't count give --only-ours"
             )
 
 
-async def _statements(connection: Connection, hook: str, one: Derived) -> _Statements:
-    """The SQL on one derived table; raises HookLoadError where its select does not suit it."""
-    with _blamed(one):
-        given = [column.name for column in (await connection.prepare(one.sql)).get_attributes()]
-        known = await connection.fetch(
-            """
-            select attname as name, conkey is not null as key
-            from pg_attribute
-            left join pg_constraint on conrelid = attrelid and contype = 'p' and attnum = any(conkey)
-            where attrelid = $1::text::regclass and attnum > 0 and not attisdropped
-            """,
-            one.table,
-        )
-    columns, keys = [row["name"] for row in known], [row["name"] for row in known if row["key"]]
-    wrong = next((column for column in given if column not in columns or given.count(column) > 1), None)
-    if wrong is not None:
-        raise HookLoadError(f"hook {hook}: the select of {one.table} gives {wrong}, which is not one column of it")
-    if not keys or not set(keys) <= set(given):
-        raise HookLoadError(
-            f"hook {hook}: the select of {one.table} must give its primary key ({', '.join(keys) or 'it has none'})"
-        )
-    row = await connection.fetchrow(
-        """
-        select format('lock table %s in share row exclusive mode', $1::text::regclass) as lock, sql.*
-        from indexer.derivation($1::text::regclass, $2, $3, $4) as sql
-        """,
-        one.table, given, one.sql, one.only,
-    )  # fmt: skip
-    assert row is not None
-    return _Statements(one, **dict(row))
-
-
 async def _out_of_the_journal(
-    connection: Connection, chains: Sequence[_Locked], statements: Sequence[_Statements], say: Say
+    connection: Connection, chains: Sequence[_Locked], statements: Sequence[Statements], say: Say
 ) -> tuple[list[_Locked], list[Rewound]]:
     """Rewind the chains whose journal holds rows of these tables or their base, if there is something to put right."""
     tables = {table for one in statements for table in (one.derived.table, *one.derived.base)}
@@ -334,7 +215,7 @@ async def _out_of_the_journal(
         return list(chains), []
     for one in statements:
         say(f"{one.derived.table}: comparing")
-        if not (await _compare(connection, one, 0)).equal:
+        if not (await compare(connection, one, 0)).equal:
             break
     else:
         return list(chains), []
@@ -381,19 +262,6 @@ async def _before_touched(connection: Connection, chain: _Locked, tables: Sequen
     if row["parent_hash"] is None:
         raise Temporary(f"block {before} of chain {chain.name} is no longer in the stored window: try again")
     return BlockRef(before, row["parent_hash"])
-
-
-async def _write(connection: Connection, statements: _Statements) -> Written:
-    """Compute the table anew, and write the rows that differ."""
-    with _blamed(statements.derived):
-        await connection.execute(statements.collecting, timeout=_FOR_EVER_SECONDS)
-        # deleted before inserted: another unique key of the table may be theirs in turn
-        deleted, changed, inserted = [
-            int((await connection.execute(sql, timeout=_FOR_EVER_SECONDS)).rpartition(" ")[2])
-            for sql in (statements.deleting, statements.changing, statements.inserting)
-        ]
-        await connection.execute("drop table indexer_difference")
-    return Written(statements.derived.table, inserted, changed, deleted)
 
 
 async def _close_holes(connection: Connection, chains: Sequence[_Locked], name: str) -> int:
@@ -444,17 +312,6 @@ def _lines_rebuilt(done: Rebuilt) -> Iterator[str]:
         yield f"holes of {done.hook}: {done.closed_blocks:,} blocks closed"
     if done.open_tables:
         yield f"holes of {done.hook} stay open, since these tables are not derived: {', '.join(done.open_tables)}"
-
-
-@contextmanager
-def _blamed(one: Derived) -> Iterator[None]:
-    """What Postgres says about a derived table's SQL is its hook's author's to hear."""
-    try:
-        yield
-    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        if is_transient(error):
-            raise
-        raise HookLoadError(f"the derived table {one.table} can't be computed: {error}") from error
 
 
 @asynccontextmanager

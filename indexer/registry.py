@@ -194,9 +194,11 @@ def _check_order(registered: Sequence[Registered]) -> None:
 def check_events(registered: Sequence[Registered], available: Mapping[str, frozenset[str]]) -> None:
     """Compare what the hooks listen to with the events (name -> argument names) that the source gives."""
     for one in registered:
+        events = ", ".join(sorted(available)) or "none"
         for spec in one.hook.listens:
             if spec.name not in available:
-                events = ", ".join(sorted(available)) or "none"
+                if spec.optional:
+                    continue
                 raise ConfigError(
                     f"hook {one.name} listens to the event {spec.name}, which no [[contracts]] has (there: {events})"
                 )
@@ -206,6 +208,11 @@ def check_events(registered: Sequence[Registered], available: Mapping[str, froze
                 raise ConfigError(
                     f"hook {one.name} needs the argument {missing[0]} of {spec.name}, which has: {arguments}"
                 )
+        wanted = [spec.name for spec in one.hook.listens]
+        if wanted and available.keys().isdisjoint(wanted):
+            raise ConfigError(
+                f"hook {one.name} listens to {' or '.join(wanted)}, of which the source has none (there: {events})"
+            )
 
 
 def migration_lines(registered: Sequence[Registered]) -> list[MigrationLine]:

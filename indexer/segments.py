@@ -81,7 +81,9 @@ def without(hooks: Sequence[Registered], segment: Segment, failed: str) -> Segme
 
 def earlier(hooks: Sequence[Registered], of: Sequence[str]) -> list[str]:
     """All hooks on which those in `of` build, directly or not, in order."""
-    after = {one.name: set(one.after) for one in hooks}
+    # a hook may also come after some that are not enabled
+    names = {one.name for one in hooks}
+    after = {one.name: names.intersection(one.after) for one in hooks}
     found: set[str] = set()
     ahead = {name for one in of for name in after[one]}
     while ahead - found:
@@ -127,7 +129,28 @@ class Planner:
                 raise UsageError(f"block {number} is not applied yet: this chain has the blocks {start} to {cursor}")
         if not await ledger.lock_replays(self.connection, self.chain.id):
             raise Temporary("another replay or rebuild works on this chain: try again once it is done")
-        return segments(self.hooks, await self.gaps(), targets, low, high, force=force) if low <= high else []
+        plan = segments(self.hooks, await self.gaps(), targets, low, high, force=force) if low <= high else []
+        await self._refuse_pruned(plan)
+        return plan
+
+    async def _refuse_pruned(self, plan: Sequence[Segment]) -> None:
+        """Rows that were pruned would come back by applying their blocks again, and can't be recalled for others.
+
+        To fill a hole of the very hook whose rows were pruned is fine: what it has not applied nobody has pruned.
+        """
+        for one in self.hooks:
+            pruned = await ledger.pruned_blocks(self.connection, self.chain.id, one.hook.tables)
+            for table, last in pruned.items():
+                for segment in plan:
+                    if segment.first > last or one.name not in (*segment.again, *segment.recall):
+                        continue
+                    why = f"not give {' and '.join(segment.fill)} what {one.name} inserted there"
+                    if one.name in segment.again:
+                        why = "insert its rows again, and count them twice"
+                    raise UsageError(
+                        f"{table} was pruned, of blocks up to {last}: to replay the blocks {segment.first} to "
+                        f"{segment.last} would {why}; begin after block {last}"
+                    )
 
     def check_names(self, targets: Sequence[str]) -> None:
         names = [one.name for one in self.hooks]

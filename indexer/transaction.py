@@ -46,6 +46,7 @@ class Tx:
         self.chain = chain
         self._connection = connection
         self._inserted: dict[str, Rows] = {}
+        self._recalled: set[str] = set()
         self.skipped: Counter[tuple[str, str]] = Counter()
         self.written: Counter[tuple[str, str]] = Counter()
         self.hook = ""
@@ -110,6 +111,8 @@ class Tx:
         if remembered.columns != tuple(columns):
             raise ValueError(f"{table}: a span inserts with one list of columns; {columns} is a second one")
         remembered.values.extend(rows)
+        if self.recalling:
+            self._recalled.add(table)
 
     async def _copied(self, table: str, columns: Sequence[str], records: Sequence[Row]) -> bool:
         # A conflict is the exception (a replay, another writer): the quick way first, in a savepoint that gives it up.
@@ -160,6 +163,13 @@ class Tx:
     def inserted(self, table: str) -> Rows:
         """The rows of `table` that earlier hooks really inserted in this span, in their order; perhaps none."""
         return self._inserted.get(table, Rows(()))
+
+    def recalled(self, table: str) -> bool:
+        """Whether the rows of `inserted(table)` were there before, and come back for a hook that had missed them.
+
+        Rows of later blocks may then be in the table as well, which that hook has seen already, or will see.
+        """
+        return table in self._recalled
 
     def skip(self, reason: str, count: int = 1) -> None:
         """Count events that the hook's rules pass over, by reason (metric indexer_skipped_total, after COMMIT)."""

@@ -23,15 +23,15 @@ LAYERS = (
     "journal",
     "transaction",
     "registry",
-    "pipeline state segments",
+    "pipeline state segments derivation",
     "sources fakechain devchain",
-    "follow replay rebuild",
+    "follow replay rebuild record accept maintenance",
     "web progress",
     "app",
     "testing pytest_plugin",
     "status demochain",
     "demo",
-    "cli cli_recovery",
+    "cli cli_chain cli_recovery",
 )
 
 

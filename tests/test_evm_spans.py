@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from indexer.config import ContractSettings
 from indexer.fakechain import FakeChain, FakeLog, FakeNode, Fault, limit_range, limit_results, slow
 from indexer.model import Span
-from indexer.sources import history
+from indexer.sources import ahead
 from indexer.sources.ranges import EventTarget
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -62,7 +62,7 @@ def test_spans_cover_exactly_what_was_asked_for(monkeypatch: pytest.MonkeyPatch,
     start = data.draw(st.integers(1, 70), "start")
     with_times = data.draw(st.booleans(), "block_timestamp_in_logs")
 
-    joined = history._joined
+    joined = ahead._joined
 
     def small_enough(span: Span, ready: Sequence[Span]) -> Span:
         assert sum(one.events for one in (span, *ready)) <= target
@@ -78,7 +78,7 @@ def test_spans_cover_exactly_what_was_asked_for(monkeypatch: pytest.MonkeyPatch,
             assert_whole(spans, chain, first, last)
 
     with monkeypatch.context() as patched:
-        patched.setattr(history, "_joined", small_enough)
+        patched.setattr(ahead, "_joined", small_enough)
         asyncio.run(asyncio.wait_for(check(), 20))
 
 

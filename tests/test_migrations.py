@@ -32,9 +32,9 @@ async def empty(empty_database_url: str) -> AsyncIterator[Connection]:
 
 
 def write(folder: Path, **files: str) -> list[tuple[str, Path]]:
-    """Write `_0001_name="text"` as 0001_name.sql and return the folder as the line `made`."""
+    """Write `_0001_name="text"` as 0001_name.sql and return the folder as the line `made`; `__` is a dot."""
     for name, text in files.items():
-        (folder / f"{name.removeprefix('_')}.sql").write_text(text)
+        (folder / f"{name.removeprefix('_').replace('__', '.')}.sql").write_text(text)
     return [("made", folder)]
 
 
@@ -250,3 +250,99 @@ async def test_a_role_that_may_not_create_schemas(empty: Connection, empty_datab
         assert await migrate(empty, lines) == []
     finally:
         await empty.execute("reset role; drop owned by made_reader; drop role made_reader")
+
+
+# -- directives, and tables that are there before us -------------------------------------------------------------------
+
+EXISTING = "-- where: to_regclass('made_a') is not null\nalter table made_a add m int"
+
+
+async def test_unless_there_is_nothing_to_do(empty: Connection, folder: Path) -> None:
+    lines = write(
+        folder,
+        _0001_a="-- unless: to_regclass('made_a') is null\ncreate table made_a (n int)",
+        _0002_b="-- no-transaction\n-- unless: to_regclass('made_a') is not null\ncreate table made_b (n int)",
+        _0003_c="-- prose comes first\n-- unless: true\ncreate table made_c (n int)",
+    )
+    assert [one.number for one in await migrate(empty, lines)] == [1, 2, 3]
+    assert await empty.fetchval(TABLES) == ["made_b", "made_c"]
+    assert await pending(empty, lines) == []
+
+    write(folder, _0004_d="-- unless: wrong\nselect 1")
+    with pytest.raises(MigrationError, match=r'0004_d\.sql, line 1, of made failed: column "wrong"'):
+        await migrate(empty, lines)
+
+
+@pytest.mark.parametrize("there", [False, True])
+async def test_a_sibling_for_tables_that_are_there(empty: Connection, folder: Path, there: bool) -> None:
+    lines = write(
+        folder,
+        _0001_a="create table made_a (n int, m int)",
+        _0001_a__existing=EXISTING,
+        _0002_b="create table made_b (n int)",
+    )
+    if there:
+        await empty.execute("create table made_a (n int)")
+    name = "a.existing" if there else "a"
+    assert [one.name for one in await migrate(empty, lines, dry_run=True)] == [name, "b"]
+    assert [one.name for one in await migrate(empty, lines)] == [name, "b"]
+    assert await empty.fetch("select n, m from made_a") == []
+    assert await empty.fetchval("select name from indexer.migration where number = 1") == name
+    assert await migrate(empty, lines) == []  # though the tables are there now
+
+    write(folder, **{"_0001_a__existing" if there else "_0001_a": f"{EXISTING} -- another one"})
+    with pytest.raises(MigrationError, match="was changed after it was applied"):
+        await migrate(empty, lines)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"_0001_a__existing": EXISTING}, r"0001_a\.existing\.sql of made must be named as the first file"),
+        ({"_0001_a": "", "_0001_b__existing": EXISTING}, r"0001_b\.existing\.sql of made must be named as"),
+        ({"_0001_a": "", "_0002_b": "", "_0002_b__existing": EXISTING}, r"0002_b\.existing\.sql of made must be named"),
+        ({"_0001_a": "", "_0001_a__existing": "select 1"}, r'must begin with "-- where: <condition>"'),
+        ({"_0001_a": "", "_0001_a__other": EXISTING}, r"0001_a\.other\.sql of made must be called NNNN_name\.sql"),
+        ({"_0001_a": "", "_0001_a__existing": "-- where: wrong"}, r"0001_a\.existing\.sql, line 1, of made failed"),
+    ],
+)
+async def test_wrong_siblings(empty: Connection, folder: Path, files: dict[str, str], message: str) -> None:
+    with pytest.raises(MigrationError, match=message):
+        await migrate(empty, write(folder, **files))
+
+
+async def test_a_lock_timeout_is_tried_again(
+    empty: Connection, empty_database_url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody queues behind us for longer than the timeout; what else the file did is rolled back each time."""
+    monkeypatch.setattr(migrations, "_LONGEST_PAUSE_SECONDS", 0.1)
+    await empty.execute("create table made_a (n int)")
+    lines = write(folder, _0001_b="-- lock-timeout: 50ms\ncreate table made_b (n int);\nalter table made_a add m int")
+    other = await asyncpg.connect(empty_database_url)
+    await other.execute("begin; select from made_a")
+    with pytest.raises(DatabaseUnavailable, match="lock timeout"):
+        await migrate(empty, lines, timeout_seconds=0.3)
+    assert await empty.fetchval(TABLES) == ["made_a"]
+
+    migrating = asyncio.create_task(migrate(empty, lines))
+    reader = await asyncpg.connect(empty_database_url)
+    for _ in range(20):
+        await asyncio.wait_for(reader.execute("select from made_a"), 5)
+        await asyncio.sleep(0.02)
+    assert not migrating.done()
+    await other.execute("commit")
+    assert [one.number for one in await migrating] == [1]
+    assert await empty.fetchval("show lock_timeout") == "0"
+    for session in (other, reader):
+        await session.close()
+
+
+async def test_an_invalid_index_is_dropped_before_it_is_built(empty: Connection, folder: Path) -> None:
+    await empty.execute("create table made_a as select 1 as n from generate_series(1, 2)")
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await empty.execute("create unique index concurrently made_index on made_a (n)")
+    lines = write(
+        folder, _0001_a="-- no-transaction\n-- it is\ncreate index concurrently if not exists made_index on made_a (n)"
+    )
+    await migrate(empty, lines)
+    assert await empty.fetchval("select indisvalid from pg_index where indexrelid = 'made_index'::regclass")

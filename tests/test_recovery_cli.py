@@ -363,6 +363,7 @@ async def test_beside_a_daemon(enter: Enter, run: Run, tmp_path: Path) -> None:
                 await asyncio.sleep(0.1)
                 assert time.monotonic() - started < 30
             assert (await filling).code == 0, (await filling).out
+            await daemon.reached(w.connection, w.chain.head.number)
             w.chain.fork(20, [[] for _ in range(21)])
             await daemon.logged("reorg undone")
             await daemon.reached(w.connection, w.chain.head.number)

@@ -7,6 +7,7 @@ The range of an eth_getLogs call is always given to them in numbers, whatever ta
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import cycle
 from typing import Any, TypeAlias
@@ -52,7 +53,27 @@ _TRUNCATED = b'{"jsonrpc":"2.0","id":1,"result":[{"address":"0x5fbdb2315678afecb
 _BLOCK_METHODS = ("eth_getBlockByNumber", "eth_getBlockByHash")
 
 
-class _Strikes:
+async def consult(
+    faults: Sequence[FaultSource], method: str, params: list[Any]
+) -> tuple[Fault | None, int, list[Callable[[Any], Fault | None]]]:
+    """The fault that answers in the node's place, how far behind it is, and who judges the true answer."""
+    behind, delay_seconds, judges, answering = 0, 0.0, [], None
+    for source in tuple(faults):
+        fault = source(method, params)
+        if fault is None:
+            continue
+        behind, delay_seconds = max(behind, fault.behind), delay_seconds + fault.delay_seconds
+        if fault.after:
+            judges.append(fault.after)
+        if fault.answers:
+            answering = fault
+            break
+    if delay_seconds:
+        await asyncio.sleep(delay_seconds)
+    return answering, behind, judges
+
+
+class Strikes:
     """Counts down, and filters by method."""
 
     def __init__(self, times: int | None, methods: Collection[str] | None = None) -> None:
@@ -123,7 +144,7 @@ def rate_limited(
     methods: Collection[str] | None = None,
 ) -> FaultSource:
     """The next `times` calls are too many: HTTP `status` (200: the error alone), Retry-After in seconds if given."""
-    strikes = _Strikes(times, methods)
+    strikes = Strikes(times, methods)
     headers = {} if retry_after is None else {"Retry-After": f"{retry_after:g}"}
 
     def source(method: str, _params: list[Any]) -> Fault | None:
@@ -134,7 +155,7 @@ def rate_limited(
 
 def garbage(times: int | None, methods: Collection[str] | None = None) -> FaultSource:
     """Status 200 with what is not JSON-RPC: in turn a JSON text that breaks off and a proxy's HTML page."""
-    strikes = _Strikes(times, methods)
+    strikes = Strikes(times, methods)
     bodies = cycle([(_TRUNCATED, "application/json"), (_HTML, "text/html")])
 
     def source(method: str, _params: list[Any]) -> Fault | None:
@@ -148,7 +169,7 @@ def garbage(times: int | None, methods: Collection[str] | None = None) -> FaultS
 
 def null_blocks(times: int | None, number: int | None = None) -> FaultSource:
     """eth_getBlockByNumber for a number (this one, or any; no tag) answers null, as a node that lags its balancer."""
-    strikes = _Strikes(times, ("eth_getBlockByNumber",))
+    strikes = Strikes(times, ("eth_getBlockByNumber",))
 
     def source(method: str, params: list[Any]) -> Fault | None:
         if method != "eth_getBlockByNumber" or not params or params[0] in TAGS:
@@ -162,7 +183,7 @@ def null_blocks(times: int | None, number: int | None = None) -> FaultSource:
 
 def empty_logs(times: int | None, number: int | None = None) -> FaultSource:
     """eth_getLogs answers [] for blocks that the node has not indexed yet; with `number`, where that block has logs."""
-    strikes = _Strikes(times, ("eth_getLogs",))
+    strikes = Strikes(times, ("eth_getLogs",))
 
     def judge(logs: Any) -> Fault | None:
         if number is not None and not any(log["blockNumber"] == hex(number) for log in logs):
@@ -176,7 +197,7 @@ def missing_block(
     number: int, times: int | None = None, code: int = -32000, message: str = "header not found"
 ) -> FaultSource:
     """A node that has lost one block: null where the block is asked for, an error where its logs are."""
-    strikes = _Strikes(times)
+    strikes = Strikes(times)
 
     def judge(answer: Any) -> Fault | None:
         if isinstance(answer, dict) and answer.get("number") == hex(number) and strikes.strike():
@@ -199,7 +220,7 @@ def http_error(
     status: int, times: int | None, body: bytes = b"", methods: Collection[str] | None = None
 ) -> FaultSource:
     """The next `times` calls fail with this HTTP status and body."""
-    strikes = _Strikes(times, methods)
+    strikes = Strikes(times, methods)
 
     def source(method: str, _params: list[Any]) -> Fault | None:
         return Fault(status, body=body) if strikes.strike(method) else None
@@ -209,13 +230,13 @@ def http_error(
 
 def slow(seconds: float, times: int | None, methods: Collection[str] | None = None) -> FaultSource:
     """The next `times` calls are answered truly, but so much later."""
-    strikes = _Strikes(times, methods)
+    strikes = Strikes(times, methods)
     return lambda method, _params: Fault(delay_seconds=seconds) if strikes.strike(method) else None
 
 
 def old_head(blocks: int, times: int | None = None) -> FaultSource:
     """A node that is `blocks` behind, in all that it answers; `times` counts the calls that ask for its head."""
-    strikes = _Strikes(times)
+    strikes = Strikes(times)
 
     def source(method: str, params: list[Any]) -> Fault | None:
         asks_head = method == "eth_blockNumber" or (

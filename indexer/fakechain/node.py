@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import msgspec
@@ -13,13 +12,14 @@ from aiohttp import WSMsgType, web
 
 from indexer.fakechain.answers import INVALID_PARAMS, INVALID_REQUEST, METHOD_NOT_FOUND, Answers, RpcError
 from indexer.fakechain.chain import FakeBlock, FakeChain
-from indexer.fakechain.faults import Fault, FaultSource
+from indexer.fakechain.faults import Fault, FaultSource, consult
+from indexer.fakechain.server import Server
 
 _JSON = {"Content-Type": "application/json"}
 _Reply: TypeAlias = tuple[dict[str, Any], Fault | None]  # what to say, and the fault that strikes the whole reply
 
 
-class FakeNode:
+class FakeNode(Server):
     """A node that serves `chain` on a free port of 127.0.0.1 while its context is entered. Several may serve one chain.
 
     `ws`: whether WebSocket is spoken (at the same port). `block_timestamp_in_logs`: whether logs carry blockTimestamp.
@@ -41,8 +41,8 @@ class FakeNode:
         port: int = 0,
         keep_log: bool = False,
     ) -> None:
+        super().__init__(port)
         self.chain = chain
-        self.port = port
         self.faults: list[FaultSource] = []
         self.requests: Counter[str] = Counter()
         self.http_requests = 0
@@ -55,12 +55,7 @@ class FakeNode:
         )
         self._sockets: set[_Socket] = set()
         self._subscriptions = 0
-        self._runner: web.AppRunner | None = None
         self._unlisten: Callable[[], None] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     @property
     def ws_url(self) -> str:
@@ -71,26 +66,14 @@ class FakeNode:
         """How many WebSocket connections are open."""
         return len(self._sockets)
 
-    async def __aenter__(self) -> FakeNode:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
+    def routes(self, router: web.UrlDispatcher) -> None:
+        router.add_post("/", self._post)
+        if self._ws:
+            router.add_get("/", self._websocket)
 
     async def start(self) -> None:
         """Listen. After a stop() it is at the same port again."""
-        app = web.Application(client_max_size=64 << 20)
-        app.router.add_post("/", self._post)
-        if self._ws:
-            app.router.add_get("/", self._websocket)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
-        await site.start()
-        self.port = self._runner.addresses[0][1]
+        await super().start()
         loop = asyncio.get_running_loop()
 
         def heard(blocks: Sequence[FakeBlock]) -> None:
@@ -105,9 +88,7 @@ class FakeNode:
             self._unlisten()
             self._unlisten = None
         await self.drop_sockets()
-        if self._runner:
-            await self._runner.cleanup()
-            self._runner = None
+        await super().stop()
 
     async def drop_sockets(self) -> None:
         """Close the WebSocket connections, as a provider's restart does."""
@@ -169,7 +150,7 @@ class FakeNode:
         self.requests[method] += 1
         if self._keep_log:
             self.log.append((method, params))
-        fault, behind, judges = await self._consult(method, params)
+        fault, behind, judges = await consult(self.faults, method, self._answers.explicit(method, params))
         if fault is None:
             try:
                 result = self._call(method, params, behind, socket)
@@ -183,26 +164,6 @@ class FakeNode:
         else:
             reply["result"] = None if fault.result is msgspec.UNSET else fault.result
         return reply, fault if fault.whole_reply else None
-
-    async def _consult(
-        self, method: str, params: list[Any]
-    ) -> tuple[Fault | None, int, list[Callable[[Any], Fault | None]]]:
-        """The fault that answers in the node's place, how far behind it is, and who judges the true answer."""
-        behind, delay_seconds, judges, answering = 0, 0.0, [], None
-        shown = self._answers.explicit(method, params)
-        for source in tuple(self.faults):
-            fault = source(method, shown)
-            if fault is None:
-                continue
-            behind, delay_seconds = max(behind, fault.behind), delay_seconds + fault.delay_seconds
-            if fault.after:
-                judges.append(fault.after)
-            if fault.answers:
-                answering = fault
-                break
-        if delay_seconds:
-            await asyncio.sleep(delay_seconds)
-        return answering, behind, judges
 
     def _call(self, method: str, params: list[Any], behind: int, socket: _Socket | None) -> Any:
         if method not in ("eth_subscribe", "eth_unsubscribe"):

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from indexer.config import ContractSettings
 from indexer.model import Block, Event, Quarantined
 from indexer.sources.abi import EventDecoder, Undecodable, bloom_mask, compile_contract
-from indexer.sources.wire import Impossible, Log, to_bytes
+from indexer.sources.endpoint import Impossible
+from indexer.sources.wire import Log, to_bytes
 
 # Logs decoded before other tasks (the commit under way) get their turn.
 _LOGS_A_TURN = 500

@@ -6,18 +6,18 @@ A piece of work that must not mix two nodes' answers is one function of one endp
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import aiohttp
 
 from indexer import log
-from indexer.config import ChainSettings
-from indexer.errors import RpcUnavailable
+from indexer.config import ChainSettings, EndpointSettings
+from indexer.errors import RpcUnavailable, WrongNetwork, accept_hint
+from indexer.sources.endpoint import Endpoint, Impossible, RpcTrouble
 from indexer.sources.provider_errors import Kind, Trouble
-from indexer.sources.rpc import Endpoint, RpcTrouble
-from indexer.sources.wire import Header, Impossible, MaybeHeader, check_header, quantity
 
 T = TypeVar("T")
 
@@ -34,19 +34,47 @@ _LAG_BLOCKS = 10
 _LAG_REST_SECONDS = 20.0
 # Answers that differ by less do not make one endpoint quicker than another.
 _LATENCY_STEP_SECONDS = 0.05
+# After so many failures in a row, an endpoint has nothing to say about the network any more.
+_SILENT_FAILURES = 5
 
 
-class Endpoints:
-    """All endpoints of a chain, in order of preference. `chain_id`: the network that they must be of, once known."""
+class Newest(Protocol):
+    """A node's newest block, in the terms of its protocol."""
 
-    def __init__(self, settings: ChainSettings) -> None:
+    @property
+    def height(self) -> int: ...
+
+
+E = TypeVar("E", bound=Endpoint)
+N = TypeVar("N", bound=Newest)
+
+
+class Endpoints(Generic[E, N]):
+    """All endpoints of a chain, in order of preference. `chain_id`: the network that they must be of, once known.
+
+    `make` makes one, `identify` asks it for its network's id, `newest` for its newest block (and notes that there).
+    `renamed`: such a chain may start anew under another id, so that no endpoint is of ours any more: WrongNetwork.
+    """
+
+    def __init__(
+        self,
+        settings: ChainSettings,
+        make: Callable[[EndpointSettings, aiohttp.ClientSession, float], E],
+        identify: Callable[[E], Awaitable[str]],
+        newest: Callable[[E], Awaitable[N]],
+        *,
+        renamed: bool = False,
+    ) -> None:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
         self._session = aiohttp.ClientSession(connector=connector, auto_decompress=True)
-        self.all = [Endpoint(one, self._session, settings.request_timeout_seconds) for one in settings.endpoints]
+        self.all = [make(one, self._session, settings.request_timeout_seconds) for one in settings.endpoints]
         self.chain_id = settings.chain_id
+        self._identify, self._newest, self._renamed = identify, newest, renamed
+        self._source = settings.source
         self._patience = settings.connect_timeout_seconds
         self._thinned = log.Thinned()
         self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._probed_at = time.monotonic()
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())
@@ -57,19 +85,30 @@ class Endpoints:
 
     # -- work ------------------------------------------------------------------------------------------------------
 
-    def best(self) -> Endpoint:
-        """The endpoint to ask next: one that does not rest and is not in doubt, the quickest, the first in order."""
-        return min(self.all, key=lambda one: (one.resting, one.doubted, int(one.latency / _LATENCY_STEP_SECONDS)))
+    def best(self, need: int = sys.maxsize) -> E:
+        """The endpoint to ask next: one that does not rest and is not in doubt, the quickest, the first in order.
 
-    async def run(self, work: Callable[[Endpoint], Awaitable[T]]) -> T:
+        `need`: a block that it must not have pruned; raises RpcUnavailable where all of them have.
+        """
+        able = [one for one in self.all if one.earliest <= need]
+        if not able:
+            have = ", ".join(f"{one.name} from {one.earliest} on" for one in self.all)
+            raise RpcUnavailable(
+                f"no node has block {need} any more ({have}): name one that keeps all blocks in chain.endpoints, or "
+                "begin at a later chain.start_block in another database"
+            )
+        return min(able, key=lambda one: (one.resting, one.doubted, int(one.latency / _LATENCY_STEP_SECONDS)))
+
+    async def run(self, work: Callable[[E], Awaitable[T]], need: int = sys.maxsize) -> T:
         """Run `work` on the best endpoint, and on the next one if that fails, until one has done it.
 
         Waits while all of them rest, and tries for ever: the daemon's stall is then plain to see. Only if none of
-        them can ever give what is asked (a RANGE trouble that `work` could not make smaller), raises RpcUnavailable.
+        them can ever give what is asked (a RANGE trouble that `work` could not make smaller, or the block `need` is
+        pruned), raises RpcUnavailable; and WrongNetwork where the chain was `renamed`.
         """
         refusals = 0
         while True:
-            endpoint = await self._next()
+            endpoint = await self._next(need)
             started = time.monotonic()
             try:
                 await self._check_chain(endpoint)
@@ -86,18 +125,19 @@ class Endpoints:
                     endpoint.well()
                 return result
 
-    async def ask(self, endpoint: Endpoint, work: Callable[[Endpoint], Awaitable[T]]) -> T:
+    async def ask(self, endpoint: E, work: Callable[[E], Awaitable[T]]) -> T:
         """Run `work` on this endpoint once; raises RpcTrouble, also for what the checks find impossible."""
         try:
             return await work(endpoint)
         except Impossible as error:
             raise endpoint.failed("answer", Trouble(Kind.TRANSIENT, str(error)), "invalid") from None
 
-    async def _next(self) -> Endpoint:
-        endpoint = self.best()
+    async def _next(self, need: int = sys.maxsize) -> E:
+        endpoint = self.best(need)
         while pause := endpoint.resting:
+            self._check_renamed()
             await asyncio.sleep(pause)
-            endpoint = self.best()  # another may be well by now, or this one rest longer
+            endpoint = self.best(need)  # another may be well by now, or this one rest longer
         for one in self.all:
             if one.doubted and not one.resting and one is not endpoint:
                 self.background(f"revive {one.name}", self._revive(one))
@@ -139,7 +179,7 @@ class Endpoints:
         while True:
             endpoint, started = await self._next(), time.monotonic()
             try:
-                chain_id = await self.ask(endpoint, _chain_id)
+                chain_id = await self.ask(endpoint, self._identify)
             except RpcTrouble as failed:
                 self._rest(failed, started)
                 continue
@@ -148,56 +188,78 @@ class Endpoints:
                 self.chain_id = chain_id
             return chain_id
 
-    async def _check_chain(self, endpoint: Endpoint) -> None:
+    async def _check_chain(self, endpoint: E) -> None:
         """Before an endpoint is used first: it must be of our network. The first one asked says which that is."""
         if endpoint.chain_id is None:
-            endpoint.chain_id = await self.ask(endpoint, _chain_id)
+            endpoint.chain_id = await self.ask(endpoint, self._identify)
             if self.chain_id is None:
                 self.chain_id = endpoint.chain_id
         if endpoint.chain_id != self.chain_id:
-            trouble = Trouble(
-                Kind.FATAL,
-                f"a node of chain {endpoint.chain_id}, not {self.chain_id}: mend or remove it in chain.endpoints",
-                retry_after=_WRONG_CHAIN_REST_SECONDS,
+            raise self.foreign(endpoint, endpoint.chain_id)
+        endpoint.foreign, endpoint.was_ours = None, True
+
+    def foreign(self, endpoint: E, chain_id: str) -> RpcTrouble:
+        """The exception to raise where a node shows that it is of the network `chain_id`, which is not ours."""
+        trouble = Trouble(
+            Kind.FATAL, f"a node of chain {chain_id}, not {self.chain_id}: mend or remove it in chain.endpoints",
+            retry_after=_WRONG_CHAIN_REST_SECONDS,
+        )  # fmt: skip
+        endpoint.foreign = chain_id
+        endpoint.chain_id = None  # asked again after its rest
+        return endpoint.failed("identity", trouble, "invalid")
+
+    def _check_renamed(self) -> None:
+        """Raise WrongNetwork where the chain goes on under another id: endpoints that were of ours are of that one,
+        and no other has anything to say against it."""
+        changed = [one.foreign for one in self.all if one.foreign is not None and one.was_ours]
+        if not (self._renamed and changed):
+            return
+        if all(one.foreign is not None or one.failures >= _SILENT_FAILURES for one in self.all):
+            raise WrongNetwork(
+                f"this chain is {self.chain_id}, but its nodes answer for {changed[0]} now: point chain.endpoints at "
+                f"the right network{accept_hint(self._source, changed[0])}"
             )
-            endpoint.chain_id = None  # asked again after its rest
-            raise endpoint.failed("eth_chainId", trouble, "invalid")
 
     # -- how they are ----------------------------------------------------------------------------------------------
 
-    async def probe(self) -> Header | None:
+    def probe_every(self, seconds: float) -> None:
+        """Probe behind the scenes, if there are several endpoints and the last time was so long ago."""
+        if len(self.all) > 1 and time.monotonic() - self._probed_at > seconds:
+            self._probed_at = time.monotonic()
+            self.background("probe", self.probe())
+
+    async def probe(self) -> N | None:
         """Ask every endpoint that does not rest for its newest block, and rest those that lag; the newest of all."""
         asked = [one for one in self.all if not one.resting]
         answers = await asyncio.gather(*(self._newest_of(one) for one in asked), return_exceptions=True)
-        headers = [answer for answer in answers if isinstance(answer, Header)]
-        best = max(headers, key=lambda one: int(one.number, 16), default=None)
+        best = max((one for one in answers if not isinstance(one, BaseException)), key=_height, default=None)
         for endpoint, answer in zip(asked, answers, strict=True):
             if isinstance(answer, RpcTrouble) and best is not None:
                 self._rest(answer, endpoint.rested_at)
-            elif isinstance(answer, Header) and best is not None:
-                self._rest_if_behind(endpoint, int(answer.number, 16), int(best.number, 16))
+            elif not isinstance(answer, BaseException) and best is not None:
+                self._rest_if_behind(endpoint, answer.height, best.height)
         return best
 
-    async def _newest_of(self, endpoint: Endpoint) -> Header:
+    async def _newest_of(self, endpoint: E) -> N:
         await self._check_chain(endpoint)
-        return await self.ask(endpoint, newest)
+        return await self.ask(endpoint, self._newest)
 
-    def _rest_if_behind(self, endpoint: Endpoint, number: int, best: int) -> bool:
+    def _rest_if_behind(self, endpoint: E, number: int, best: int) -> bool:
         if best - number <= _LAG_BLOCKS:
             return False
         endpoint.rest(_LAG_REST_SECONDS, f"{best - number} blocks behind")
         return True
 
-    async def _revive(self, endpoint: Endpoint) -> None:
+    async def _revive(self, endpoint: E) -> None:
         """See whether an endpoint that has rested is well, at nobody's expense: others do the work meanwhile."""
         started = time.monotonic()
         try:
-            header = await self._newest_of(endpoint)
+            found = await self._newest_of(endpoint)
         except RpcTrouble as failed:
             self._rest(failed, started)
             return
         best = max((one.newest for one in self.all if not one.doubted), default=-1)
-        if not self._rest_if_behind(endpoint, int(header.number, 16), best):
+        if not self._rest_if_behind(endpoint, found.height, best):
             endpoint.doubted = False
 
     def background(self, name: str, work: Coroutine[Any, Any, Any]) -> None:
@@ -209,15 +271,5 @@ class Endpoints:
         task.add_done_callback(lambda _done: self._tasks.pop(name, None))
 
 
-async def _chain_id(endpoint: Endpoint) -> str:
-    return str(quantity(await endpoint.call("eth_chainId", [], str)))
-
-
-async def newest(endpoint: Endpoint) -> Header:
-    """The node's newest block, whose header it then does not have to be asked for again."""
-    header = await endpoint.call("eth_getBlockByNumber", ["latest", False], MaybeHeader)
-    if header is None:
-        raise endpoint.failed("eth_getBlockByNumber", Trouble(Kind.BEHIND, "no newest block"), "invalid")
-    check_header(header)
-    endpoint.announce(header)
-    return header
+def _height(found: Newest) -> int:
+    return found.height

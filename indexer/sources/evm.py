@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
@@ -12,13 +11,14 @@ from indexer.config import ChainSettings, ContractSettings, SpanSettings
 from indexer.model import BlockRef, Heads, Span
 from indexer.sources import queries
 from indexer.sources.contracts import Contracts
-from indexer.sources.endpoints import Endpoints, newest
+from indexer.sources.endpoint import RpcTrouble
+from indexer.sources.endpoints import Endpoints
 from indexer.sources.heads import HeadBlocks
 from indexer.sources.history import History
 from indexer.sources.newheads import NewHeads
 from indexer.sources.provider_errors import Kind
-from indexer.sources.ranges import EventTarget, RangeSize
-from indexer.sources.rpc import Endpoint, RpcTrouble
+from indexer.sources.ranges import BlockPace, EventTarget, RangeSize
+from indexer.sources.rpc import RpcEndpoint
 from indexer.sources.wire import Header, MaybeHeader, check_header, to_bytes
 
 _FINAL_SECONDS = 2.0
@@ -38,7 +38,7 @@ class EvmSource:
 
     def __init__(self, chain: ChainSettings, contracts: Sequence[ContractSettings], span: SpanSettings) -> None:
         self.contracts = Contracts(contracts)
-        self.endpoints = Endpoints(chain)
+        self.endpoints = Endpoints(chain, RpcEndpoint, queries.chain_id, queries.newest)
         self._settings = chain
         self._target = EventTarget(span.max_events, span.max_seconds)
         size = RangeSize(max_blocks=span.max_blocks)
@@ -48,8 +48,7 @@ class EvmSource:
         self._heads: Heads | None = None
         self._highest = -1
         self._final, self._final_at, self._final_refusals = -1, -_PROBE_SECONDS, 0
-        self._probed_at = time.monotonic()
-        self._times: deque[tuple[int, int]] = deque(maxlen=20)  # (number, timestamp) of the newest blocks
+        self._pace = BlockPace(chain.poll_seconds)
         self._thinned = log.Thinned()
 
     @property
@@ -61,7 +60,7 @@ class EvmSource:
         return self.contracts.first_block
 
     @property
-    def nodes(self) -> Sequence[Endpoint]:
+    def nodes(self) -> Sequence[RpcEndpoint]:
         return self.endpoints.all
 
     async def identity(self) -> str:
@@ -92,13 +91,13 @@ class EvmSource:
         return self._heads
 
     async def _polled(self) -> Header:
-        header = await self.endpoints.run(newest)
+        header = await self.endpoints.run(queries.newest)
         if int(header.number, 16) < self._highest - _FAR_BLOCKS and len(self.endpoints.all) > 1:
             header = await self.endpoints.probe() or header
         self._newheads.polled(int(header.number, 16))
         return header
 
-    async def _learn_final(self, endpoint: Endpoint) -> None:
+    async def _learn_final(self, endpoint: RpcEndpoint) -> None:
         """Ask for the finalised block; a node that does not know the tag leaves us head minus confirmations."""
         self._final_at = time.monotonic()
         try:
@@ -128,20 +127,13 @@ class EvmSource:
         """Return when ws announces a head, at the latest after `seconds` or a quarter of the block time."""
         if time.monotonic() - self._final_at > _FINAL_SECONDS:
             self.endpoints.background("finalized", self.endpoints.run(self._learn_final))
-        if len(self.endpoints.all) > 1 and time.monotonic() - self._probed_at > _PROBE_SECONDS:
-            self._probed_at = time.monotonic()
-            self.endpoints.background("probe", self.endpoints.probe())
+        self.endpoints.probe_every(_PROBE_SECONDS)
         await self._newheads.wait(min(seconds, self.poll_seconds))
 
     @property
     def poll_seconds(self) -> float:
         """The configured pause between polls, or a quarter of the block time as the newest blocks show it."""
-        if self._settings.poll_seconds is not None:
-            return self._settings.poll_seconds
-        if len(self._times) < 2 or self._times[-1][0] <= self._times[0][0]:
-            return 0.25
-        (n0, t0), (n1, t1) = self._times[0], self._times[-1]
-        return min(max((t1 - t0) / (n1 - n0) / 4, 0.1), 3.0)
+        return self._pace.poll_seconds
 
     async def ref(self, number: int) -> BlockRef:
         header = await self.endpoints.run(lambda one: queries.header(one, number))
@@ -164,5 +156,5 @@ class EvmSource:
         if final < last:
             async with aclosing(self._head.blocks(max(first, final + 1), last)) as blocks:
                 async for block, quarantined in blocks:
-                    self._times.append((block.number, block.timestamp))
+                    self._pace.saw(block.number, block.timestamp)
                     yield Span(block.number, block.number, (block,), block.ref, block.timestamp, False, quarantined)

@@ -12,9 +12,10 @@ from indexer.config import ChainSettings
 from indexer.model import Block, Quarantined
 from indexer.sources import queries
 from indexer.sources.contracts import Contracts
-from indexer.sources.endpoints import Endpoints, newest
+from indexer.sources.endpoint import RpcTrouble
+from indexer.sources.endpoints import Endpoints
 from indexer.sources.provider_errors import Kind
-from indexer.sources.rpc import Endpoint, RpcTrouble
+from indexer.sources.rpc import RpcEndpoint
 from indexer.sources.wire import Header, Log, in_order, to_bytes
 
 Whole = tuple[Block, tuple[Quarantined, ...]]
@@ -28,7 +29,9 @@ _PATIENCE_SECONDS = 2.0
 class HeadBlocks:
     """Reads blocks that can still be reorganised."""
 
-    def __init__(self, settings: ChainSettings, endpoints: Endpoints, contracts: Contracts) -> None:
+    def __init__(
+        self, settings: ChainSettings, endpoints: Endpoints[RpcEndpoint, Header], contracts: Contracts
+    ) -> None:
         self._settings, self._endpoints, self._contracts = settings, endpoints, contracts
         self._doubts: dict[str, int] = {}
 
@@ -62,7 +65,7 @@ class HeadBlocks:
     async def _gone(self, block: asyncio.Task[Whole], number: int) -> bool:
         """Wait for a block; true if it does not come since the chain ends before it."""
         while not (await asyncio.wait({block}, timeout=_PATIENCE_SECONDS))[0]:
-            if int((await self._endpoints.run(newest)).number, 16) < number:
+            if int((await self._endpoints.run(queries.newest)).number, 16) < number:
                 return not block.done()
         return False
 
@@ -72,7 +75,7 @@ class HeadBlocks:
         metrics.span_seconds.labels("fetch").observe(time.perf_counter() - started)
         return whole
 
-    async def _whole(self, endpoint: Endpoint, number: int) -> Whole:
+    async def _whole(self, endpoint: RpcEndpoint, number: int) -> Whole:
         """A header and the logs of the very block (by its hash), from one endpoint."""
         header = endpoint.announced(number) or await queries.header(endpoint, number)
         logs = await queries.logs(endpoint, self._contracts, {"blockHash": header.hash})
@@ -85,7 +88,7 @@ class HeadBlocks:
         events = found[0].events if found else ()
         return Block(number, to_bytes(header.hash), to_bytes(header.parent_hash), timestamp, events), quarantined
 
-    async def _believe_empty(self, endpoint: Endpoint, header: Header) -> None:
+    async def _believe_empty(self, endpoint: RpcEndpoint, header: Header) -> None:
         """An empty answer that the header's bloom contradicts is believed only once the block's logs are really there.
 
         A bloom may speak falsely for us, since it is a bloom; so the block is asked for with no filter at all. A node
@@ -106,7 +109,7 @@ class HeadBlocks:
             hint = "" if ours else " (where blooms are not kept: chain.check_bloom = false)"
             raise queries.behind(endpoint, f"empty logs for block {number}, against its logsBloom{hint}")
 
-    def _doubt(self, endpoint: Endpoint, header: Header, why: str) -> None:
+    def _doubt(self, endpoint: RpcEndpoint, header: Header, why: str) -> None:
         """A node that will not show the whole block is asked a few times more, with pauses; then it is believed."""
         number, doubts = int(header.number, 16), self._doubts.pop(header.hash, 0) + 1
         if doubts <= _DOUBTS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
@@ -13,12 +12,14 @@ from indexer import metrics
 from indexer.config import ChainSettings
 from indexer.model import Block, BlockRef, Quarantined, Span
 from indexer.sources import queries
+from indexer.sources.ahead import spans_ahead
 from indexer.sources.contracts import Contracts
+from indexer.sources.endpoint import Impossible, RpcTrouble
 from indexer.sources.endpoints import Endpoints
 from indexer.sources.provider_errors import Kind, too_large
 from indexer.sources.ranges import EventTarget, RangeSize
-from indexer.sources.rpc import Endpoint, RpcTrouble
-from indexer.sources.wire import Header, Impossible, Log, in_order, to_bytes
+from indexer.sources.rpc import RpcEndpoint
+from indexer.sources.wire import Header, Log, in_order, to_bytes
 
 # A range is at most so many pieces of a provider's limit: it has an end before anybody gets impatient.
 _MOST_PIECES = 8
@@ -38,34 +39,15 @@ class History:
     """Reads ranges of final blocks. `target` is how many events one span should hold."""
 
     def __init__(
-        self, settings: ChainSettings, endpoints: Endpoints, contracts: Contracts, size: RangeSize, target: EventTarget
-    ) -> None:
+        self, settings: ChainSettings, endpoints: Endpoints[RpcEndpoint, Header], contracts: Contracts,
+        size: RangeSize, target: EventTarget,
+    ) -> None:  # fmt: skip
         self._endpoints, self._contracts, self._target = endpoints, contracts, target
         self._in_flight, self._size = settings.requests_in_flight, size
 
-    async def spans(self, first: int, last: int) -> AsyncGenerator[Span, None]:
+    def spans(self, first: int, last: int) -> AsyncGenerator[Span, None]:
         """The blocks in order. What is ready when the last span is committed goes into the next together."""
-        ahead: deque[asyncio.Task[Span]] = deque()
-        position = first
-
-        def fetch_ahead() -> None:
-            nonlocal position
-            while len(ahead) < self._in_flight and position <= last:
-                end = min(position + self._range_blocks() - 1, last)
-                ahead.append(asyncio.create_task(self._range(position, end)))
-                position = end + 1
-
-        try:
-            fetch_ahead()
-            while ahead:
-                span = await ahead.popleft()
-                ready = _ready(ahead, self._target.events - span.events)
-                fetch_ahead()
-                yield _joined(span, ready) if ready else span
-        finally:
-            for task in ahead:
-                task.cancel()
-            await asyncio.gather(*ahead, return_exceptions=True)
+        return spans_ahead(self._range, self._range_blocks, first, last, self._in_flight, self._target)
 
     def _range_blocks(self) -> int:
         limit = self._endpoints.best().max_blocks
@@ -88,7 +70,7 @@ class History:
         end = BlockRef(last, to_bytes(header.hash))
         return Span(first, last, tuple(blocks), end, int(header.timestamp, 16), True, tuple(quarantined))
 
-    async def _piece(self, endpoint: Endpoint, first: int, last: int, size: RangeSize) -> _Piece:
+    async def _piece(self, endpoint: RpcEndpoint, first: int, last: int, size: RangeSize) -> _Piece:
         """As many blocks from `first` on, at most to `last`, as the endpoint gives in one answer."""
         while True:
             end = min(first + min(size.blocks, endpoint.max_blocks or size.blocks) - 1, last)
@@ -124,7 +106,7 @@ class History:
         if overloaded:
             raise failed
 
-    async def _fetch(self, endpoint: Endpoint, first: int, end: int, last: int) -> tuple[list[Log], Header | None]:
+    async def _fetch(self, endpoint: RpcEndpoint, first: int, end: int, last: int) -> tuple[list[Log], Header | None]:
         """The logs of a piece, and the header of its end where that is wanted.
 
         A node whose head is below the range answers with the logs that it has, and no error. So it has to have shown
@@ -143,7 +125,7 @@ class History:
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
 
-    async def _timestamps(self, endpoint: Endpoint, logs: Sequence[Log]) -> dict[int, int]:
+    async def _timestamps(self, endpoint: RpcEndpoint, logs: Sequence[Log]) -> dict[int, int]:
         """The times of the logs' blocks: from the logs, or from headers where a log has none."""
         newest = {one.block_number: one for one in logs}
         times = {int(n, 16): int(one.block_timestamp, 16) for n, one in newest.items() if one.block_timestamp}
@@ -153,22 +135,3 @@ class History:
                 raise Impossible(f"logs of another block {number} than its header's")
             times[number] = int(header.timestamp, 16)
         return times
-
-
-def _ready(ahead: deque[asyncio.Task[Span]], events: int) -> list[Span]:
-    """Take from `ahead` what has come already, up to so many events. A failure stays, until it is its turn."""
-    ready: list[Span] = []
-    while ahead and ahead[0].done() and not ahead[0].exception():
-        events -= ahead[0].result().events
-        if events < 0:
-            break
-        ready.append(ahead.popleft().result())
-    return ready
-
-
-def _joined(span: Span, ready: Sequence[Span]) -> Span:
-    parts, end = (span, *ready), ready[-1]
-    return Span(
-        span.first, end.last, tuple(block for part in parts for block in part.blocks), end.end, end.end_timestamp,
-        True, tuple(one for part in parts for one in part.quarantined),
-    )  # fmt: skip

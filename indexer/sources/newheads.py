@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from indexer import log
-from indexer.sources.rpc import Endpoint
+from indexer.sources.rpc import RpcEndpoint
 from indexer.sources.wire import Header
 
 _FIRST_PAUSE_SECONDS = 0.5
@@ -23,7 +23,7 @@ class NewHeads:
     The headers are noted at the endpoint that announced them, since a block must be whole from one node.
     """
 
-    def __init__(self, endpoints: list[Endpoint]) -> None:
+    def __init__(self, endpoints: list[RpcEndpoint]) -> None:
         self._subscriptions = [_Subscription(self, one) for one in endpoints if one.ws_url is not None]
         self._announced: Header | None = None
         self._news = asyncio.Event()
@@ -61,7 +61,7 @@ class NewHeads:
 class _Subscription:
     """One endpoint's newHeads, subscribed to again whenever the connection ends, with growing pauses."""
 
-    def __init__(self, newheads: NewHeads, endpoint: Endpoint) -> None:
+    def __init__(self, newheads: NewHeads, endpoint: RpcEndpoint) -> None:
         self._newheads, self._endpoint = newheads, endpoint
         self._heard = -1
         self._patience: asyncio.Timeout | None = None

@@ -7,17 +7,32 @@ from collections.abc import Sequence
 from typing import Any
 
 from indexer.sources.contracts import Contracts
+from indexer.sources.endpoint import RpcTrouble
 from indexer.sources.provider_errors import Kind, Trouble
-from indexer.sources.rpc import MOST_CALLS_A_BATCH, Endpoint, RpcTrouble
-from indexer.sources.wire import Header, Log, MaybeHeader, check_header
+from indexer.sources.rpc import MOST_CALLS_A_BATCH, RpcEndpoint
+from indexer.sources.wire import Header, Log, MaybeHeader, check_header, quantity
 
 # Headers more after each batch that went well: a limit is tried again now and then.
 _BATCH_GROWTH = 0.1
 _PAUSE_SECONDS = 0.5
 
 
+async def chain_id(endpoint: RpcEndpoint) -> str:
+    return str(quantity(await endpoint.call("eth_chainId", [], str)))
+
+
+async def newest(endpoint: RpcEndpoint) -> Header:
+    """The node's newest block, whose header it then does not have to be asked for again."""
+    header = await endpoint.call("eth_getBlockByNumber", ["latest", False], MaybeHeader)
+    if header is None:
+        raise endpoint.failed("eth_getBlockByNumber", Trouble(Kind.BEHIND, "no newest block"), "invalid")
+    check_header(header)
+    endpoint.announce(header)
+    return header
+
+
 async def logs(
-    endpoint: Endpoint, contracts: Contracts, where: dict[str, Any], span: tuple[int, int] | None = None
+    endpoint: RpcEndpoint, contracts: Contracts, where: dict[str, Any], span: tuple[int, int] | None = None
 ) -> list[Log]:
     """eth_getLogs for all contracts, with the addresses split where the node wants fewer.
 
@@ -45,12 +60,12 @@ async def logs(
     return found
 
 
-async def header(endpoint: Endpoint, number: int) -> Header:
+async def header(endpoint: RpcEndpoint, number: int) -> Header:
     """The header of a block that the chain has; raises RpcTrouble, Impossible."""
     return _there(endpoint, number, await endpoint.call("eth_getBlockByNumber", [hex(number), False], MaybeHeader))
 
 
-async def headers(endpoint: Endpoint, numbers: Sequence[int]) -> dict[int, Header]:
+async def headers(endpoint: RpcEndpoint, numbers: Sequence[int]) -> dict[int, Header]:
     """The headers of many blocks, in batches as large as the node takes; raises RpcTrouble, Impossible."""
     found: dict[int, Header] = {}
     while len(found) < len(numbers):
@@ -72,7 +87,7 @@ async def headers(endpoint: Endpoint, numbers: Sequence[int]) -> dict[int, Heade
     return found
 
 
-def _there(endpoint: Endpoint, number: int, answer: Header | None) -> Header:
+def _there(endpoint: RpcEndpoint, number: int, answer: Header | None) -> Header:
     """A null for a block that was announced means a node that lags, never an empty block."""
     if answer is None:
         raise behind(endpoint, f"no block {number} yet", "eth_getBlockByNumber")
@@ -81,6 +96,6 @@ def _there(endpoint: Endpoint, number: int, answer: Header | None) -> Header:
     return answer
 
 
-def behind(endpoint: Endpoint, message: str, method: str = "eth_getLogs") -> RpcTrouble:
+def behind(endpoint: RpcEndpoint, message: str, method: str = "eth_getLogs") -> RpcTrouble:
     """The exception to raise where a node shows that it does not have all of a block yet."""
     return endpoint.failed(method, Trouble(Kind.BEHIND, message), "invalid")

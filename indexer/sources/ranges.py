@@ -1,6 +1,8 @@
-"""How many blocks to ask for in one range: grows towards the events wanted, gives way to what providers refuse."""
+"""How many blocks to ask for in one range, and how often for new ones: both learn from what came before."""
 
 from __future__ import annotations
+
+from collections import deque
 
 _START_BLOCKS = 100
 _PROBE_GROWTH = 1.05
@@ -56,3 +58,23 @@ class EventTarget:
             self.events = max(1, int(self.events * self._max_seconds / seconds))
         else:
             self.events = min(self._max_events, self.events + self.events // 10 + 1)
+
+
+class BlockPace:
+    """How often to ask for a new block: as `configured`, or a quarter of the block time that the newest ones show."""
+
+    def __init__(self, configured: float | None) -> None:
+        self._configured = configured
+        self._times: deque[tuple[int, int]] = deque(maxlen=20)  # (number, timestamp)
+
+    def saw(self, number: int, timestamp: int) -> None:
+        self._times.append((number, timestamp))
+
+    @property
+    def poll_seconds(self) -> float:
+        if self._configured is not None:
+            return self._configured
+        if len(self._times) < 2 or self._times[-1][0] <= self._times[0][0]:
+            return 0.25
+        (n0, t0), (n1, t1) = self._times[0], self._times[-1]
+        return min(max((t1 - t0) / (n1 - n0) / 4, 0.1), 3.0)

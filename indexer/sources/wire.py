@@ -7,6 +7,8 @@ from typing import cast
 
 import msgspec
 
+from indexer.sources.endpoint import Impossible
+
 _HASH_LENGTH = 66  # 0x and 32 bytes
 
 
@@ -18,6 +20,10 @@ class Header(msgspec.Struct, gc=False, rename="camel"):
     parent_hash: str
     timestamp: str
     logs_bloom: str = "0x0"
+
+    @property
+    def height(self) -> int:
+        return int(self.number, 16)
 
 
 class Log(msgspec.Struct, gc=False, rename="camel"):
@@ -36,10 +42,6 @@ class Log(msgspec.Struct, gc=False, rename="camel"):
 
 # what a node answers for a block that it does not have
 MaybeHeader = cast("type[Header | None]", Header | None)
-
-
-class Impossible(ValueError):
-    """What a node said can't be so. The text says what, in a few words that are ours."""
 
 
 def quantity(text: str) -> int:

@@ -10,12 +10,15 @@
 
 The fixtures `indexer_connection` and `indexer_database_url` come from the pytest plugin (`indexer.pytest_plugin`): a
 migrated database for each test. `crash_point` interrupts a transaction at any of its statements. A FakeChain served by
-a FakeNode stands in for a node, with forks and the lies of providers (`indexer.fakechain`).
+a FakeNode stands in for a node, with forks and the lies of providers; a FakeCore and its FakeCoreNode for those of the
+Open Audio Core chain (`indexer.fakechain`).
 """
 
 from indexer.fakechain import (
     FakeBlock,
     FakeChain,
+    FakeCore,
+    FakeCoreNode,
     FakeLog,
     FakeNode,
     Fault,
@@ -33,6 +36,8 @@ __all__ = [
     "CrashPoint",
     "FakeBlock",
     "FakeChain",
+    "FakeCore",
+    "FakeCoreNode",
     "FakeLog",
     "FakeNode",
     "Fault",

@@ -19,6 +19,15 @@ create table if not exists user_listening_history (
     listening_history jsonb not null
 );
 
+-- A long history is written anew with each play, and packing it is the greatest part of that.
+do $$
+begin
+    alter table user_listening_history alter listening_history set compression lz4;
+exception when feature_not_supported then
+    null; -- this server was built without it
+end
+$$;
+
 create table if not exists challenge_listen_streak (
     user_id          bigint primary key,
     last_listen_date timestamp,
@@ -54,6 +63,39 @@ create table if not exists user_challenges (
     completed_at          timestamp,
     primary key (challenge_id, specifier)
 ) with (fillfactor = 80);
+
+-- What a challenge is worth: the amount is a text there, and anything may be in it.
+create function challenge_amount(amount text) returns integer
+language sql immutable as $$
+    select case when amount ~ '^[0-9]{1,9}$' then amount::integer else 0 end
+$$;
+
+-- A user's id as it stands in a specifier; to_hex() of a negative number is its two's complement.
+create function challenge_user_hex(user_id bigint) returns text
+language sql immutable as $$
+    select case when user_id >= 0 then to_hex(user_id)
+                when user_id = -9223372036854775808 then '-8000000000000000'
+                else '-' || to_hex(-user_id) end
+$$;
+
+-- The streak after a person's plays, one after another: what `verify` and `rebuild` hold challenge_listen_streak to.
+create type listen_streak_state as (last_listen_date timestamp, listen_streak integer);
+
+create function next_listen_streak(state listen_streak_state, listened_at timestamp) returns listen_streak_state
+language plpgsql immutable as $$
+begin
+    if state.last_listen_date is null or listened_at - state.last_listen_date >= interval '48 hours' then
+        state.last_listen_date := listened_at;
+        state.listen_streak := 1;
+    elsif listened_at - state.last_listen_date >= interval '16 hours' then
+        state.last_listen_date := listened_at;
+        state.listen_streak := state.listen_streak + 1;
+    end if;
+    return state;
+end
+$$;
+
+create aggregate fold_listen_streak(timestamp) (sfunc = next_listen_streak, stype = listen_streak_state);
 
 create table if not exists users (
     user_id        bigint primary key,
