@@ -7,6 +7,7 @@ transaction that is neither is passed over and counted by reason; it never takes
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -22,6 +23,8 @@ REGISTERED = "Registered"  # our word for what the EVM contract says, which is r
 
 _EPOCH = datetime(1970, 1, 1)
 _INT32 = 1 << 31
+_DEEPEST = 100
+_MARKS = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
 
 
 class EntitiesSettings(BaseModel):
@@ -237,14 +240,32 @@ def _track(tx: Tx, old: TrackRow | None, change: Change) -> TrackRow | None:
 
 def metadata(value: Any) -> Mapping[str, Any] | None:
     """The fields of a metadata text: those of its "data" where that is an object, else its own; None if it has none."""
+    if not isinstance(value, str) or _deeper(value, _DEEPEST):
+        return None
     try:
         whole = json.loads(value, parse_constant=_no_number)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     if not isinstance(whole, dict):
         return None
     data = whole.get("data")
     return data if isinstance(data, dict) else whole
+
+
+def _deeper(value: str, depth: int) -> bool:
+    """Whether the text nests objects and lists deeper than that.
+
+    Anybody may send a text that does: how deep Python's parser can go before it takes the process down is not ours to
+    know, since others may have raised the recursion limit.
+    """
+    if value.count("{") + value.count("[") <= depth:
+        return False
+    level = 0
+    for mark in _MARKS.finditer(value):
+        level += (mark[0] in "{[") - (mark[0] in "}]")
+        if level > depth:
+            return True
+    return False
 
 
 def _no_number(name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -160,6 +161,7 @@ def moment(value: Any) -> datetime | None:
     return _EPOCH + timedelta(seconds=value)
 
 
+@lru_cache(10_000)  # plays of one moment come together
 def _rfc3339(value: str) -> datetime | None:
     if not _RFC3339.fullmatch(value):
         return None

@@ -178,9 +178,9 @@ class HooksSettings(Section):
 
 
 class SpanSettings(Section):
-    max_events: int = Field(default=5_000, ge=1, description="events committed together while catching up")
+    max_events: int = Field(default=10_000, ge=1, description="events committed together while catching up")
     max_seconds: Seconds = Field(default=5.0, description="a span that takes longer makes the next ones smaller")
-    max_blocks: int = Field(default=10_000, ge=1, description="blocks of one range")
+    max_blocks: int = Field(default=10_000, ge=1, description="blocks of one range, and of one span")
 
 
 class HttpSettings(Section):

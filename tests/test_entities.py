@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -144,6 +145,18 @@ def test_metadata_of_any_type() -> None:
     assert metadata(None) is None
     assert metadata(7) is None
     assert metadata('{"a": 1, "data": "x"}') == {"a": 1, "data": "x"}
+
+
+def test_metadata_that_nests_deep_takes_nothing_down() -> None:
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1_000_000)  # as some library may; Python's parser would then run out of stack
+    try:
+        assert metadata(DEEP) is None
+        assert metadata("[" * 100_000) is None
+        assert metadata('{"title": "' + "[" * 1_000 + '\\""}') == {"title": "[" * 1_000 + '"'}
+        assert metadata('{"a": [' + "{}, " * 1_000 + "{}]}") is not None
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 async def test_texts_are_as_postgres_takes_them(connection: asyncpg.Connection) -> None:

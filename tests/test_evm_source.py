@@ -207,7 +207,7 @@ async def test_trouble_that_passes(sparse: FakeChain, fault: Fault) -> None:
         node.faults.append(fails(6, fault, "" if fault.status != 200 else "eth_getLogs"))
         assert_whole(await collected(source, 1, BLOCKS), sparse, 1, BLOCKS)
         asked = ranges(node)
-        assert len(asked) <= 40
+        assert len(asked) <= 45
         assert max(b - a + 1 for a, b in asked[-6:]) >= 500
 
 

@@ -90,6 +90,7 @@ async def test_none_are_asked_for() -> None:
 async def test_what_is_ready_is_joined_up_to_the_target() -> None:
     chain = chain_of([2] * 100)
     async with FakeNode(chain) as node, source_of(node, max_events=25, max_blocks=5, start=5) as source:
+        source._history._max_blocks = 100
         spans: list[Span] = []
         async for span in source.spans(1, 100):
             spans.append(span)
@@ -99,18 +100,20 @@ async def test_what_is_ready_is_joined_up_to_the_target() -> None:
         assert len(spans) <= 12
 
 
-async def test_ranges_in_flight_are_bounded_while_nobody_takes_them() -> None:
+@pytest.mark.parametrize(("max_events", "most"), [(10_000, 240), (100, 40 + 20)])
+async def test_what_is_fetched_ahead_is_bounded_while_nobody_takes_it(max_events: int, most: int) -> None:
+    """By how many ranges there are, and by the events in those that are ready (others are under way still)."""
     chain = chain_of([3] * 600)
     async with (
         FakeNode(chain, keep_log=True) as node,
-        source_of(node, max_blocks=10, max_events=10_000, requests_in_flight=3, start=10) as source,
+        source_of(node, max_blocks=10, max_events=max_events, requests_in_flight=3, start=10) as source,
     ):
         spans = source.spans(1, 600)
         for _ in range(3):
             taken = await anext(spans)
-            assert taken.last - taken.first + 1 <= 30
-            await asyncio.sleep(0.05)
-            assert max(ranges(node))[1] == taken.last + 30
+            assert taken.last - taken.first + 1 <= 10
+            await asyncio.sleep(0.3)
+            assert taken.last + 30 <= max(ranges(node))[1] <= taken.last + most
         await spans.aclose()
 
 

@@ -40,6 +40,7 @@ class CoreHistory:
         target: EventTarget,
     ) -> None:  # fmt: skip
         self._endpoints, self._target, self._in_flight = endpoints, target, settings.requests_in_flight
+        self._max_blocks = span.max_blocks
         self._size = RangeSize(max_blocks=min(span.max_blocks, MOST_HEIGHTS))
         self._holes: dict[int, _Hole] = {}
         self._thinned = log.Thinned()
@@ -50,8 +51,8 @@ class CoreHistory:
         position = first
         while position <= last:
             ahead = spans_ahead(
-                self._range, lambda: self._size.blocks, position, last, self._in_flight, self._target
-            )  # fmt: skip
+                self._range, lambda: self._size.blocks, position, last, self._in_flight, self._target, self._max_blocks
+            )
             async with aclosing(ahead) as spans:
                 async for span in spans:
                     if span.first != position:

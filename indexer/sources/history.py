@@ -43,11 +43,13 @@ class History:
         size: RangeSize, target: EventTarget,
     ) -> None:  # fmt: skip
         self._endpoints, self._contracts, self._target = endpoints, contracts, target
-        self._in_flight, self._size = settings.requests_in_flight, size
+        self._in_flight, self._size, self._max_blocks = settings.requests_in_flight, size, size.max_blocks
 
     def spans(self, first: int, last: int) -> AsyncGenerator[Span, None]:
         """The blocks in order. What is ready when the last span is committed goes into the next together."""
-        return spans_ahead(self._range, self._range_blocks, first, last, self._in_flight, self._target)
+        return spans_ahead(
+            self._range, self._range_blocks, first, last, self._in_flight, self._target, self._max_blocks
+        )
 
     def _range_blocks(self) -> int:
         limit = self._endpoints.best().max_blocks

@@ -11,10 +11,10 @@ _FAILURES = 3
 
 
 class RangeSize:
-    """`blocks` is the size of the next range, at first `start`."""
+    """`blocks` is the size of the next range, at first `start` and never more than `max_blocks`."""
 
     def __init__(self, *, max_blocks: int, start: int = _START_BLOCKS) -> None:
-        self._max_blocks = max_blocks
+        self.max_blocks = max_blocks
         self._ceiling = float(max_blocks)
         self._failures = 0
         self.blocks = min(start, max_blocks)
@@ -40,7 +40,7 @@ class RangeSize:
         The ceiling that a refusal set rises slowly, so that a limit is tried again now and then but not every time.
         """
         self._failures = 0
-        self._ceiling = min(self._ceiling * _PROBE_GROWTH + 0.1, self._max_blocks)
+        self._ceiling = min(self._ceiling * _PROBE_GROWTH + 0.1, self.max_blocks)
         wanted = blocks * target_events / events if events else blocks * 2.0
         self.blocks = max(1, int(min(wanted, self.blocks * 2, self._ceiling)))
 
