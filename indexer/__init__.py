@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from indexer.ledger import note_pruned
     from indexer.migrations import sql_folder
     from indexer.model import Block, BlockRef, Chore, Derived, Event, EventSpec, Hook, Panel
+    from indexer.queue import NewJob
     from indexer.registry import hook
     from indexer.transaction import Row, Rows, Tx
 
 __all__ = [
-    "Block", "BlockRef", "Chore", "ConfigError", "Connection", "Derived", "Event", "EventSpec", "Hook", "Panel", "Row",
-    "Rows", "Tx", "hook", "note_pruned", "sql_folder",
+    "Block", "BlockRef", "Chore", "ConfigError", "Connection", "Derived", "Event", "EventSpec", "Hook", "NewJob",
+    "Panel", "Row", "Rows", "Tx", "hook", "note_pruned", "sql_folder",
 ]  # fmt: skip
 
 _PLACES = {
@@ -28,6 +29,7 @@ _PLACES = {
     "indexer.ledger": ("note_pruned",),
     "indexer.migrations": ("sql_folder",),
     "indexer.model": ("Block", "BlockRef", "Chore", "Derived", "Event", "EventSpec", "Hook", "Panel"),
+    "indexer.queue": ("NewJob",),
     "indexer.registry": ("hook",),
     "indexer.transaction": ("Row", "Rows", "Tx"),
 }

@@ -6,10 +6,10 @@ import asyncio
 import gc
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
 
@@ -30,7 +30,7 @@ from indexer.version import version
 from indexer.web import Web
 
 # A stop that takes longer than this is ended by force: the data is at a block's border all the time.
-_STOP_SECONDS = 4.5
+STOP_SECONDS = 4.5
 _MONITOR_SECONDS = 5.0
 # Of a transaction that somebody waits for.
 _BRIEF_EVENTS = 500
@@ -62,13 +62,18 @@ def migration_lines(hooks: Sequence[Registered]) -> list[tuple[str, Path]]:
     return [("indexer", SQL), *registry.migration_lines(hooks)]
 
 
-async def migrate_database(database: Database, hooks: Sequence[Registered], *, dry_run: bool = False) -> list[str]:
-    """Bring the database's schema up to date; returns the files applied (or, dry, those that would be)."""
+async def migrate_database(
+    database: Database, hooks: Sequence[Registered], more: Sequence[tuple[str, Path]] = (), *, dry_run: bool = False
+) -> list[str]:
+    """Bring the database's schema up to date, with `more` lines of migrations.
+
+    Returns the files applied (or, dry, those that would be).
+    """
     connection = await database.connect()
     try:
         if not dry_run:
             await make_schema(connection, database.settings.schema_)
-        applied = await migrate(connection, migration_lines(hooks), dry_run=dry_run)
+        applied = await migrate(connection, [*migration_lines(hooks), *more], dry_run=dry_run)
     finally:
         await connection.close()
     return [f"{one.line}/{one.name}" for one in applied]
@@ -110,7 +115,17 @@ async def opened(settings: Settings, *, ask_node: bool) -> AsyncIterator[Parts]:
         yield Parts(hooks, source, database, chain)
 
 
-async def run(settings: Settings, *, started: Callable[[State, Web], None] | None = None, to_end: bool = False) -> None:
+class Beside(NamedTuple):
+    """What runs in the daemon's process beside it: its migrations, and its work, given what tells it of a halt."""
+
+    lines: Sequence[tuple[str, Path]]
+    work: Callable[[Settings, Database, Callable[[], bool]], Coroutine[Any, Any, None]]
+
+
+async def run(
+    settings: Settings, *, started: Callable[[State, Web], None] | None = None, to_end: bool = False,
+    beside: Beside | None = None,
+) -> None:  # fmt: skip
     """Run the daemon until it is cancelled, or (`to_end`) until a file of blocks is applied to its end.
 
     Raises UsageError (2) for settings that can't work, Temporary (75) where database or node are not to be had at
@@ -122,7 +137,7 @@ async def run(settings: Settings, *, started: Callable[[State, Web], None] | Non
         stack.push_async_callback(source.close)
         registry.check_events(hooks, source.events)
         database = await stack.enter_async_context(open_database(settings))
-        for name in await migrate_database(database, hooks):
+        for name in await migrate_database(database, hooks, beside.lines if beside else ()):
             log.get().info("migration applied", file=name)
         chain = await _open_chain(settings, database, source, hooks)
         state = State(chain.name, chain.start_block)
@@ -139,6 +154,9 @@ async def run(settings: Settings, *, started: Callable[[State, Web], None] | Non
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(_monitor(database, chain.id, state, settings.http.stall_seconds), name="monitor")
                 tasks.create_task(follow(database, source, pipeline, state), name="follow")
+                if beside is not None:
+                    halted = lambda: state.role is Role.HALTED  # noqa: E731
+                    tasks.create_task(beside.work(settings, database, halted), name="sidecar")
         except ExceptionGroup as group:
             first = group.exceptions[0]
             if not isinstance(first, EndOfFile):
@@ -276,11 +294,11 @@ def _calm_garbage_collection() -> None:
     gc.set_threshold(200_000, 50, 100)
 
 
-def serve(main: Callable[[], object]) -> int:
+def serve(main: Callable[[], object], stop_seconds: float = STOP_SECONDS) -> int:
     """Run the coroutine function `main` until it ends or a signal comes; returns the exit code 0.
 
     SIGTERM and SIGINT just cancel: nothing needs repair, since every moment is a block's border. A second signal, or a
-    stop that takes too long, ends the process at once.
+    stop that takes longer than `stop_seconds`, ends the process at once.
     """
     _calm_garbage_collection()
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None
@@ -291,10 +309,10 @@ def serve(main: Callable[[], object]) -> int:
     except ImportError:
         loop_factory = None
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        return runner.run(_until_signalled(main))
+        return runner.run(_until_signalled(main, stop_seconds))
 
 
-async def _until_signalled(main: Callable[[], object]) -> int:
+async def _until_signalled(main: Callable[[], object], stop_seconds: float) -> int:
     loop = asyncio.get_running_loop()
     task: asyncio.Task[object] = asyncio.ensure_future(main())  # type: ignore[call-overload]
     signals: list[int] = []
@@ -305,7 +323,7 @@ async def _until_signalled(main: Callable[[], object]) -> int:
         signals.append(number)
         log.get().info("stopping", signal=signal.Signals(number).name)
         task.cancel()
-        loop.call_later(_STOP_SECONDS, os._exit, 0)
+        loop.call_later(stop_seconds, os._exit, 0)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)

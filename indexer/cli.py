@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from indexer import cli_chain, cli_recovery
+from indexer import cli_chain, cli_jobs, cli_keys, cli_recovery
 from indexer.errors import HookLoadError, IndexerError
 
 if TYPE_CHECKING:
@@ -69,6 +69,9 @@ def run(
     from_file: Annotated[
         Path | None, typer.Option("--from-file", help="Index a recorded file to its end instead, and stop there.")
     ] = None,
+    with_sidecar: Annotated[
+        bool, typer.Option("--with-sidecar", help="Work off jobs and serve their API in the same process.")
+    ] = False,
 ) -> None:
     """Follow the chain until SIGTERM or Ctrl-C."""
     from indexer import app as application
@@ -78,8 +81,17 @@ def run(
     if from_file is not None:
         chain = settings.chain.model_copy(update={"source": "recorded", "file": from_file})
         settings = settings.model_copy(update={"chain": chain})
+    beside, stop_seconds = None, application.STOP_SECONDS
+    if with_sidecar:
+        from indexer.sidecar import app as sidecar
+
+        beside = application.Beside(sidecar.sidecar_lines(), sidecar.beside)
+        stop_seconds += settings.sidecar.drain_seconds + sidecar.CANCEL_SECONDS
+    to_end = from_file is not None
     with progress.shown(settings.log) as started:
-        code = application.serve(lambda: application.run(settings, started=started, to_end=from_file is not None))
+        code = application.serve(
+            lambda: application.run(settings, started=started, to_end=to_end, beside=beside), stop_seconds
+        )
     raise typer.Exit(code)
 
 
@@ -94,11 +106,16 @@ def migrate(
     from indexer import registry
 
     settings = _load(config, secrets).settings
+    more: list[tuple[str, Path]] = []
+    if "sidecar" in settings.model_fields_set:
+        from indexer.sidecar import app as sidecar
+
+        more = sidecar.sidecar_lines()
 
     async def main() -> list[str]:
         hooks = registry.load_hooks(settings.hooks)
         async with application.open_database(settings, pool=False) as database:
-            return await application.migrate_database(database, hooks, dry_run=dry_run)
+            return await application.migrate_database(database, hooks, more, dry_run=dry_run)
 
     names = asyncio.run(main())
     for name in names:
@@ -228,6 +245,8 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app.add_typer(cli_recovery.app)
 app.add_typer(cli_chain.app)
+app.add_typer(cli_jobs.app)
+app.add_typer(cli_keys.app)
 
 
 def main() -> None:

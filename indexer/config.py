@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -56,6 +56,14 @@ def _http(value: SecretStr) -> SecretStr:
     return _check_host(_check_address(value, ("http", "https")))
 
 
+def _api(value: str) -> str:
+    """The address of a public API: nothing in it is secret, so it may be shown, and so no key may stand in it."""
+    parts = urlsplit(_http(SecretStr(value)).get_secret_value())
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("must hold no user, password, query or fragment")
+    return value
+
+
 def _websocket(value: SecretStr) -> SecretStr:
     return _check_host(_check_address(value, ("ws", "wss")))
 
@@ -71,9 +79,23 @@ def _file_or_signatures(value: Any) -> Any:
     raise ValueError("must be the name of a file or a list of signatures")
 
 
+def _long_secret(value: SecretStr) -> SecretStr:
+    if len(value.get_secret_value().encode()) < 32:
+        raise ValueError("must be 32 bytes long at least: a shorter one can be guessed from any token")
+    return value
+
+
+def _origin(value: str) -> str:
+    if value != "*" and value != shown_url(_api(value)):
+        raise ValueError('must be an origin (scheme, host and port alone: https://app.example), or "*"')
+    return value
+
+
 PostgresUrl = Annotated[SecretStr, AfterValidator(_postgres)]
 HttpUrl = Annotated[SecretStr, AfterValidator(_http)]
 WebsocketUrl = Annotated[SecretStr, AfterValidator(_websocket)]
+ApiUrl = Annotated[str, AfterValidator(_api)]
+Key = Annotated[SecretStr, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -193,6 +215,110 @@ class HttpSettings(Section):
     )
 
 
+class SongstatsSettings(Section):
+    base_url: ApiUrl = Field(default="https://api.songstats.com", description="address of the API")
+    api_key: Key | None = Field(default=None, description="key; without one nothing is asked")
+    timeout_seconds: Seconds = Field(default=30.0, description="time that one request may take")
+    monthly_budget: int | None = Field(default=None, ge=0, description="calls a calendar month (UTC); no limit without")
+    rest_seconds: Seconds = Field(
+        default=3_600.0, description="the drain's pause when the provider is saturated and names no time itself"
+    )
+
+
+class ApifySettings(Section):
+    base_url: ApiUrl = Field(default="https://api.apify.com", description="address of the API")
+    token: Key | None = Field(default=None, description="token; without one nothing is asked")
+    actor: str | None = Field(
+        default=None, pattern=r"^\w[\w.-]*([~/]\w[\w.-]*)?$",
+        description="actor that reads albums' play counts: user/name"
+    )
+    albums_field: str = Field(default="albumIds", min_length=1, description="field of the actor's input for the albums")
+    timeout_seconds: Seconds = Field(default=30.0, description="time that one request may take")
+    run_seconds: Seconds = Field(default=1_800.0, description="time that one run of the actor may take")
+    monthly_budget: float = Field(
+        default=25.0, ge=0, allow_inf_nan=False, description="US dollars that one account may spend a month"
+    )
+
+
+class SpotifySettings(Section):
+    base_url: ApiUrl = Field(default="https://api.spotify.com", description="address of the web API")
+    accounts_url: ApiUrl = Field(default="https://accounts.spotify.com", description="address that gives tokens")
+    client_id: str | None = Field(default=None, min_length=1, description="the application's id")
+    client_secret: Key | None = Field(default=None, description="the application's secret")
+    timeout_seconds: Seconds = Field(default=15.0, description="time that one request may take")
+
+
+class StripeSettings(Section):
+    base_url: ApiUrl = Field(default="https://api.stripe.com", description="address of the API")
+    api_key: Key | None = Field(default=None, description="secret key; without one nothing is asked")
+    success_url: HttpUrl | None = Field(default=None, description="where Checkout sends people who left a card")
+    cancel_url: HttpUrl | None = Field(default=None, description="where Checkout sends people who left none")
+    timeout_seconds: Seconds = Field(default=15.0, description="time that one request may take")
+
+
+class ProvidersSettings(Section):
+    songstats: SongstatsSettings = Field(default_factory=SongstatsSettings, description="play counts of the past")
+    apify: ApifySettings = Field(default_factory=ApifySettings, description="play counts of today")
+    spotify: SpotifySettings = Field(default_factory=SpotifySettings, description="albums, tracks and their ISRC")
+    stripe: StripeSettings = Field(default_factory=StripeSettings, description="cards on file")
+
+
+class ScheduleSettings(Section):
+    cron: str | None = Field(default=None, description="times in UTC, as 17 3 * * *; those of the code by default")
+    kind: str | None = Field(default=None, description="kind of the job; that of the code by default")
+    payload: dict[str, Any] = Field(default={}, description="what the job is given")
+    spread_seconds: float | None = Field(default=None, ge=0, description="window after the time in which it starts")
+    catch_up: bool | None = Field(default=None, description="make up at the start for a time that was missed")
+    enabled: bool = Field(default=True, description="false takes a schedule of the code away")
+
+
+class SidecarSettings(Section):
+    host: str = Field(default="127.0.0.1", description="address on which the API listens")
+    port: int = Field(default=8080, ge=0, le=65_535, description="port of the API and its probes; 0 takes a free one")
+    cors_origins: list[Annotated[str, AfterValidator(_origin)]] = Field(
+        default=[], description='origins whose pages may call the API: https://app.example, or "*" for all'
+    )
+    body_bytes: int = Field(default=1 << 20, ge=1_024, le=1 << 26, description="largest body that is read")
+    requests_per_minute: int = Field(default=60_000, ge=1, description="requests of one account, on each sidecar")
+    burst: int = Field(default=2_000, ge=1, description="of these, at once")
+    failures_per_minute: int = Field(default=30, ge=1, description="wrong keys and tokens from one address")
+    trusted_proxies: int = Field(
+        default=0, ge=0, le=10, description="reverse proxies before us: so many addresses of X-Forwarded-For are true"
+    )
+    jobs: list[str] = Field(default=[], description='kinds of job as "module:attribute", beside the built-in ones')
+    concurrency: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default={}, description="jobs of a kind at a time over all workers: kind = number; that of the code by default"
+    )
+    schedules: dict[str, ScheduleSettings] = Field(
+        default={}, description="name = {cron, kind, payload, spread_seconds, catch_up, enabled}, over the code's"
+    )
+    max_running: int = Field(default=40, ge=2, le=1_000, description="jobs that one worker runs at a time")
+    drain_seconds: float = Field(default=20.0, ge=0, le=3_600, description="time that running jobs get at a stop")
+    heartbeat_timeout_seconds: Seconds = Field(
+        default=3_600.0, description="a worker that is silent for so long is dead, and its jobs wait again"
+    )
+    max_worker_deaths: int = Field(default=3, ge=1, description="a job of which so many workers died is held")
+    log_days: float = Field(default=7.0, gt=0, description="how long the ends of jobs are kept")
+
+
+class AuthSettings(Section):
+    jwt_secret: Annotated[SecretStr, AfterValidator(_long_secret)] | None = Field(
+        default=None, description="secret of bearer tokens (HS256), 32 bytes at least"
+    )
+    jwks_url: ApiUrl | None = Field(
+        default=None, description="where the public keys of bearer tokens are (RS256, ES256), instead of a secret"
+    )
+    jwt_audience: str | None = Field(default=None, min_length=1, description="what a token's aud must be")
+    jwt_issuer: str | None = Field(default=None, min_length=1, description="what a token's iss must be")
+    cron_secret: Key | None = Field(default=None, description="secret of the internal routes, which fail without one")
+
+    @model_validator(mode="after")
+    def _one_kind_of_token(self) -> AuthSettings:
+        if self.jwt_secret is not None and self.jwks_url is not None:
+            raise ValueError("takes jwt_secret or jwks_url, not both")
+        return self
+
+
 class LogSettings(Section):
     level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level shown")
     format: Literal["auto", "json", "console"] = Field(
@@ -210,6 +336,11 @@ class Settings(BaseSettings):
     hooks: HooksSettings = Field(default_factory=HooksSettings, description="what runs on the blocks")
     span: SpanSettings = Field(default_factory=SpanSettings, description="how many blocks are committed together")
     http: HttpSettings = Field(default_factory=HttpSettings, description="probes, metrics and status page")
+    providers: ProvidersSettings = Field(
+        default_factory=ProvidersSettings, description="the APIs that the sidecar asks"
+    )
+    sidecar: SidecarSettings = Field(default_factory=SidecarSettings, description="the worker of jobs, and its API")
+    auth: AuthSettings = Field(default_factory=AuthSettings, description="who may call the API")
     log: LogSettings = Field(default_factory=LogSettings, description="the log on standard error")
 
     @classmethod

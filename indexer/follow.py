@@ -51,6 +51,7 @@ class Follower:
         self._spans: AsyncIterator[Span] | None = None
         # up to here the journal is gone
         self._pruned = cursor.heads.final if cursor.heads else -1
+        self._released = -1  # up to here no job waits for finality
         self._said_at = self._heads_at = 0.0
         self._beaten_at = time.monotonic()
         state.at(cursor.ref.number, cursor.block_time)
@@ -121,7 +122,12 @@ class Follower:
             stored[self.at.number] = self.at.hash
         ours = stored.get(heads.newest)
         # a head below all that we have stored is a node that syncs, and nothing is undone for it
-        if ours is None or ours == heads.hash:
+        if ours is None:
+            return Outcome.IDLE
+        if ours == heads.hash:
+            if heads.final > self._released and heads.newest == self.at.number:
+                await self.pipeline.release(self.connection, self.at, self.pace)
+                self._released = heads.final
             return Outcome.IDLE
         return await self._rewind(heads.hash)
 

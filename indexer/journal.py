@@ -9,6 +9,7 @@ from typing import Any
 
 import asyncpg
 
+from indexer import queue
 from indexer.db import Connection
 from indexer.errors import LostLeadership
 from indexer.ledger import moment
@@ -97,7 +98,7 @@ async def rewind(connection: Connection, chain: int, at: BlockRef, to: BlockRef)
     """Undo the blocks after `to`, inside the caller's transaction; returns how many rows were brought back.
 
     Moves the cursor by compare-and-swap (LostLeadership where it is not at `at`), restores every journalled row, and
-    takes the blocks out of the coverage, the window, the quarantine and the failures.
+    takes the blocks out of the coverage, the window, the quarantine and the failures, and their waiting jobs away.
     """
     status = await connection.execute(
         """
@@ -137,6 +138,7 @@ async def rewind(connection: Connection, chain: int, at: BlockRef, to: BlockRef)
     await connection.execute("delete from indexer.block where chain = $1 and number > $2", chain, to.number)
     await connection.execute("delete from indexer.quarantine where chain = $1 and number > $2", chain, to.number)
     await connection.execute("delete from indexer.failure where chain = $1 and first > $2", chain, to.number)
+    await queue.forget(connection, chain, to.number)
     await connection.execute(
         "update indexer.coverage set blocks = blocks - int8multirange(int8range($2, null)) where chain = $1",
         chain, to.number + 1,

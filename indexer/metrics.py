@@ -19,6 +19,7 @@ PlatformCollector(registry=registry)
 
 # From a block at the head in a few milliseconds to a span of thousands of events in seconds.
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_JOB_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
 _DEPTHS = (1, 2, 3, 5, 8, 13, 21, 34, 64, 128)
 
 
@@ -64,6 +65,18 @@ rpc_requests_total = _counter("rpc_requests_total", "Requests to a node", "endpo
 rpc_seconds = _histogram("rpc_seconds", "Time of a request to a node", "endpoint", "method")
 rpc_range_blocks = _gauge("rpc_range_blocks", "Blocks asked for in one range", "endpoint")
 endpoint_healthy = _gauge("endpoint_healthy", "1 while the endpoint is used, 0 while it rests", "endpoint")
+
+jobs = _gauge("jobs", "Jobs that wait, run, are held, or wait for their block's finality", "kind", "state")
+job_oldest_seconds = _gauge("job_oldest_seconds", "Age of the oldest such job that is due", "kind", "state")
+job_seconds = _histogram("job_seconds", "Time of a job, by how it ended", "kind", "outcome", buckets=_JOB_SECONDS)
+job_outcomes_total = _counter("job_outcomes_total", "Ends of jobs", "kind", "outcome")
+
+provider_requests_total = _counter("provider_requests_total", "Requests to a provider", "provider", "status")
+provider_seconds = _histogram("provider_seconds", "Time of a request to a provider", "provider")
+provider_budget_remaining = _gauge("provider_budget_remaining", "What is left of the month's budget", "provider")
+
+http_requests_total = _counter("http_requests_total", "Requests to the sidecar's API", "route", "status")
+http_seconds = _histogram("http_seconds", "Time of a request to the sidecar's API", "route")
 
 db_pool_connections = _gauge("db_pool_connections", "Connections of the pool", "state")
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import asyncpg
 import msgspec
 
-from indexer import journal, ledger, metrics
+from indexer import journal, ledger, metrics, queue
 from indexer.db import Connection, translated
 from indexer.errors import DatabaseUnavailable, HookFailed, UndeclaredTable
 from indexer.ledger import Pace
@@ -60,7 +60,7 @@ class Pipeline:
     async def _commit(self, connection: Connection, at: BlockRef, span: Span, pace: Pace) -> Applied:
         """One transaction: nothing of it is visible before all of it is."""
         started = time.perf_counter()
-        tx = Tx(connection, self.chain.id)
+        tx = Tx(connection, self.chain.id, waits_at=None if span.final else span.last)
         failures: list[HookFailed] = []
         async with transaction(connection):
             await ledger.advance(connection, self.chain.id, at, span, pace, self.leader)
@@ -74,6 +74,7 @@ class Pipeline:
                 await self._cover_around(connection, span, covered)
             if span.last >= pace.heads.final:  # the final block itself is kept as well: a fork may begin there
                 await journal.remember(connection, self.chain.id, span, pace.heads.final)
+            await queue.release(connection, self.chain.id, min(pace.heads.final, span.last))
             if span.quarantined:
                 await ledger.quarantine(connection, self.chain.id, span.quarantined)
             if self.halted_at is not None and span.last >= self.halted_at:
@@ -98,6 +99,16 @@ class Pipeline:
         metrics.reorgs_total.labels(name).inc()
         metrics.reorg_depth.labels(name).observe(at.number - to.number)
         return rows
+
+    async def release(self, connection: Connection, at: BlockRef, pace: Pace) -> None:
+        """Queue the jobs that have waited for finality, while there is no block to commit that would do it.
+
+        For a caller who knows that the cursor's block is on the chain: of blocks that a fork has replaced, jobs must
+        not get out.
+        """
+        async with transaction(connection):
+            await ledger.heartbeat(connection, self.chain.id, at, pace, self.leader)
+            await queue.release(connection, self.chain.id, min(pace.heads.final, at.number))
 
     async def _run_hooks(
         self, tx: Tx, connection: Connection, span: Span, failures: list[HookFailed], before: Mapping[str, int]

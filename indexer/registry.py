@@ -85,7 +85,7 @@ def load_hooks(settings: HooksSettings) -> tuple[Registered, ...]:
     options = dict(settings.__pydantic_extra__)
     registered: list[Registered] = []
     for place in settings.enabled:
-        thing = _locate(place)
+        thing = locate(place)
         name = getattr(thing, "name", None)
         if not isinstance(name, str):
             raise HookLoadError(f"hook {place} has no name: decorate a function with @hook(...), or write a class")
@@ -100,24 +100,27 @@ def load_hooks(settings: HooksSettings) -> tuple[Registered, ...]:
     return tuple(registered)
 
 
-def _locate(place: str) -> Any:
+def locate(place: str, what: str = "hook") -> Any:
+    """The thing at "module:attribute"; raises HookLoadError, which calls it `what`."""
     module_name, colon, attribute = place.partition(":")
     if not colon or not module_name or not attribute:
-        raise HookLoadError(f'hook "{place}" must be written as "module:attribute"')
+        raise HookLoadError(f'{what} "{place}" must be written as "module:attribute"')
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise HookLoadError(f"hook {place}: there is no module {error.name}; is its package installed?") from None
-        raise _raised(f"hook {place} does not import", error) from error
+            raise HookLoadError(
+                f"{what} {place}: there is no module {error.name}; is its package installed?"
+            ) from None
+        raise _raised(f"{what} {place} does not import", error) from error
     except Exception as error:
-        raise _raised(f"hook {place} does not import", error) from error
+        raise _raised(f"{what} {place} does not import", error) from error
     try:
         return getattr(module, attribute)
     except AttributeError:
         hooks = [key for key, value in vars(module).items() if _looks_like_hook(value)]
         known = f" (it has {', '.join(sorted(hooks))})" if hooks else ""
-        raise HookLoadError(f"hook {place}: module {module_name} has no {attribute}{known}") from None
+        raise HookLoadError(f"{what} {place}: module {module_name} has no {attribute}{known}") from None
 
 
 def _looks_like_hook(thing: Any) -> bool:

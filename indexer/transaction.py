@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import asyncpg
 
+from indexer import queue
 from indexer.db import Connection, translated
 from indexer.errors import DatabaseUnavailable
+from indexer.queue import After, NewJob
 
 Row = tuple[Any, ...]
 
@@ -39,11 +42,13 @@ class Tx:
     """The span's transaction as its hooks see it.
 
     `chain` is the engine's number for the chain. Postgres' own troubles (lost connection, deadlock, timeout) leave as
-    DatabaseUnavailable and make the engine try the span again; every other error is the hook's.
+    DatabaseUnavailable and make the engine try the span again; every other error is the hook's. `waits_at`: the block
+    with which its jobs wait for finality; they are queued at once without one.
     """
 
-    def __init__(self, connection: Connection, chain: int) -> None:
+    def __init__(self, connection: Connection, chain: int, *, waits_at: int | None = None) -> None:
         self.chain = chain
+        self._waits_at = waits_at
         self._connection = connection
         self._inserted: dict[str, Rows] = {}
         self._recalled: set[str] = set()
@@ -170,6 +175,25 @@ class Tx:
         Rows of later blocks may then be in the table as well, which that hook has seen already, or will see.
         """
         return table in self._recalled
+
+    async def enqueue(
+        self, kind: str, payload: Mapping[str, Any], *, key: str | None = None, priority: int = 0, after: After = None,
+        window: timedelta | None = None,
+    ) -> bool:  # fmt: skip
+        """Order a job, which is there once the block is committed and can't be reorganised any more.
+
+        False where a job of that kind and key waits or runs already (or was queued within its window); what waits for
+        finality is compared only then. A replay of the block orders it again: give it a key, and make it bear that.
+        """
+        return await self.enqueue_many(kind, [NewJob(payload, key, priority, after)], window=window) == 1
+
+    async def enqueue_many(self, kind: str, jobs: Sequence[NewJob], *, window: timedelta | None = None) -> int:
+        """Order many jobs of one kind at once; returns how many are new, as far as it is known by now."""
+        with self._statement():
+            if self._waits_at is None:
+                return await queue.enqueue_many(self._connection, kind, jobs, window=window)
+            await queue.keep_waiting(self._connection, self.chain, self._waits_at, kind, jobs, window=window)
+        return len(jobs)
 
     def skip(self, reason: str, count: int = 1) -> None:
         """Count events that the hook's rules pass over, by reason (metric indexer_skipped_total, after COMMIT)."""

@@ -186,7 +186,12 @@ class Daemon:
     `log` holds its log's lines, `other` what else it wrote to stderr.
     """
 
-    def __init__(self, folder: Path, values: Settings | str, *, env: Mapping[str, str] = {}) -> None:
+    command = "run"
+
+    def __init__(
+        self, folder: Path, values: Settings | str, *, env: Mapping[str, str] = {}, arguments: Sequence[str] = ()
+    ) -> None:
+        self._arguments = arguments
         self.config = folder / f"daemon-{next(_numbers)}.toml"
         self.config.write_text(values if isinstance(values, str) else toml(values))
         self.log: list[dict[str, Any]] = []
@@ -197,8 +202,9 @@ class Daemon:
 
     async def __aenter__(self) -> Daemon:
         self.process = await asyncio.create_subprocess_exec(
-            INDEXER, "run", "--config", self.config, cwd=self._folder, env=environment(self._env),
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+            INDEXER, self.command, "--config", self.config, *self._arguments,
+            cwd=self._folder, env=environment(self._env), stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         self._reader = asyncio.create_task(self._read())
         return self

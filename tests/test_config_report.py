@@ -30,7 +30,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 SENTINEL = "s3nt1nel"
 SECRETS = [path for path, field in known_paths() if holds(field.annotation, SecretStr)]
-SCHEMES = {"database.url": "postgresql", "chain.endpoints[].url": "https", "chain.endpoints[].ws": "wss"}
+SCHEMES = {
+    "database.url": "postgresql", "chain.endpoints[].url": "https", "chain.endpoints[].ws": "wss",
+    "providers.stripe.success_url": "https", "providers.stripe.cancel_url": "https",
+}  # fmt: skip
 SOURCES = ["file", "environment", "secret", "command line"]
 BROKEN = [
     "{s}", "ftp://u:{s}@h/", "SCHEME://u:{s}", "SCHEME://u:{s} @h/", "SCHEME://u:{s}℀@h/", "SCHEME://[{s}]@h/",
@@ -54,7 +57,7 @@ def arguments_for(path: str, value: Any, source: str) -> dict[str, Any]:
     if "[]" in path:
         pairs = (f"{name} = {json.dumps(inner, ensure_ascii=False)}\n" for name, inner in value[0].items())
         return {"toml": "[[chain.endpoints]]\n" + "".join(pairs)}
-    return {"toml": f"[{names[0]}]\n{names[1]} = {json.dumps(value, ensure_ascii=False)}\n"}
+    return {"toml": f"[{'.'.join(names[:-1])}]\n{names[-1]} = {json.dumps(value, ensure_ascii=False)}\n"}
 
 
 def everything_said(load_it: Callable[[], Loaded]) -> str:
@@ -72,14 +75,16 @@ def everything_said(load_it: Callable[[], Loaded]) -> str:
 
 class TestMasking:
     def test_all_secrets_are_tried(self) -> None:
-        assert SECRETS == ["database.url", "chain.endpoints[].url", "chain.endpoints[].ws", "http.admin_token"]
+        plain = {"database.url", "chain.endpoints[].url", "chain.endpoints[].ws", "http.admin_token"}
+        keys = {"songstats.api_key", "apify.token", "spotify.client_secret", "stripe.api_key"}
+        assert plain | {f"providers.{key}" for key in keys} <= set(SECRETS)
 
     @pytest.mark.parametrize("source", SOURCES)
     @pytest.mark.parametrize("path", SECRETS)
     @pytest.mark.parametrize("other", [{}, {"log.level": "loud"}, {"nonsense": 1}, {"chain.endpoint": []}])
     def test_good_values(self, path: str, source: str, other: dict[str, Any]) -> None:
         scheme = SCHEMES.get(path)
-        value = f"{scheme}://u:{SENTINEL}@host.example:8/{SENTINEL}?k={SENTINEL}" if scheme else SENTINEL
+        value = f"{scheme}://u:{SENTINEL}@host.example:8/{SENTINEL}?k={SENTINEL}" if scheme else SENTINEL * 4
         arguments = arguments_for(path, value, source)
         arguments["overrides"] = {**arguments.get("overrides", {}), **other}
         said = everything_said(lambda: load(**arguments))

@@ -19,7 +19,7 @@ LAYERS = (
     "config settings_fields settings_errors settings_sources config_report",
     "log metrics",
     "binaries embedded db migrations",
-    "ledger",
+    "ledger queue",
     "journal",
     "transaction",
     "registry",
@@ -29,9 +29,10 @@ LAYERS = (
     "web progress",
     "app",
     "testing pytest_plugin",
+    "sidecar",
     "status demochain",
     "demo",
-    "cli cli_chain cli_recovery",
+    "cli cli_chain cli_recovery cli_jobs cli_keys",
 )
 
 

@@ -1,0 +1,105 @@
+"""Wiring: the sidecar as a process of its own, or beside the daemon in its process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from indexer import log, registry
+from indexer.app import migrate_database, open_database
+from indexer.config import Settings
+from indexer.db import Database, shown
+from indexer.migrations import sql_folder
+from indexer.sidecar import drain, maintenance, measurements, reads
+from indexer.sidecar.api import Live, LiveProbe, Ready, ReadyProbe, create_app, serving
+from indexer.sidecar.jobs import load_jobs
+from indexer.sidecar.providers import open_providers
+from indexer.sidecar.routes import Route
+from indexer.sidecar.schedules import Scheduler, combined
+from indexer.sidecar.upkeep import keep_up
+from indexer.sidecar.worker import CANCEL_SECONDS, Worker
+from indexer.version import version
+
+__all__ = ["CANCEL_SECONDS", "beside", "run", "sidecar_lines"]
+
+# What the API answers, beside the probes and what describes it.
+ROUTES: tuple[Route, ...] = (*measurements.ROUTES, *reads.ROUTES, *maintenance.ROUTES)
+# Beside a daemon that a hook has halted nothing is waited for.
+_HALTED_DRAIN_SECONDS = 1.0
+
+
+def sidecar_lines() -> list[tuple[str, Path]]:
+    """The sidecar's own migrations, beside the engine's and the hooks'."""
+    folder = sql_folder("sidecar")
+    return [("sidecar", folder)] if folder.is_dir() else []
+
+
+async def run(settings: Settings) -> None:
+    """Work off jobs and answer the API until cancelled.
+
+    Raises UsageError (2) for settings that can't work, Temporary (75) where the database is not to be had at start.
+    """
+    hooks = registry.load_hooks(settings.hooks)
+    async with open_database(settings) as database:
+        for name in await migrate_database(database, hooks, sidecar_lines()):
+            log.get().info("migration applied", file=name)
+        await beside(settings, database)
+
+
+async def beside(settings: Settings, database: Database, halted: Callable[[], bool] = lambda: False) -> None:
+    """The sidecar on a database that is open and migrated, until cancelled; `halted`: whether there is no time left."""
+    jobs = load_jobs(settings.sidecar.jobs)
+    schedules = combined(jobs, settings.sidecar.schedules)
+    async with AsyncExitStack() as stack:
+        resources = await open_resources(settings, stack)
+        async with database.acquire() as connection:
+            await drain.resume(connection, settings)
+
+        def drain_seconds() -> float:
+            seconds = settings.sidecar.drain_seconds
+            return min(_HALTED_DRAIN_SECONDS, seconds) if halted() else seconds
+
+        worker = Worker(settings, database, jobs, resources, drain_seconds=drain_seconds)
+        live, ready = probes(settings, worker)
+        application = create_app(settings, database, resources, ROUTES, live=live, ready=ready)
+        url = await stack.enter_async_context(serving(application, settings.sidecar))
+        log.get().info(
+            "sidecar started", version=version(), jobs=sorted(jobs), schedules=sorted(one.name for one in schedules),
+            database=shown(database.dsn), status=url,
+        )  # fmt: skip
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(worker.run(), name="jobs")
+                tasks.create_task(Scheduler(database, schedules).run(), name="schedules")
+                tasks.create_task(keep_up(database, settings.sidecar, jobs), name="upkeep")
+        except ExceptionGroup as group:
+            first = group.exceptions[0]
+            raise first from first.__cause__
+
+
+async def open_resources(settings: Settings, stack: AsyncExitStack) -> dict[str, Any]:
+    """What jobs and routes share, by name; closed with the stack."""
+    providers = await stack.enter_async_context(open_providers(settings.providers))
+    return {name: getattr(providers, name) for name in ("songstats", "apify", "spotify", "stripe")}
+
+
+def probes(settings: Settings, worker: Worker) -> tuple[LiveProbe, ReadyProbe]:
+    """What /livez and /readyz say of the worker."""
+
+    async def live() -> Live:
+        """Not, where the worker has not looked for jobs for long although the database is there."""
+        if worker.silent_seconds > settings.http.stall_seconds and worker.driver.trouble is None:
+            return Live(live=False, reason="the worker does not look for jobs")
+        return Live(live=True)
+
+    async def ready() -> Ready:
+        """Not while starting, draining or without a database."""
+        reason = "draining" if worker.draining else worker.driver.trouble and "the database is away"
+        if reason is None and not worker.begun:
+            reason = "starting"
+        return Ready(ready=reason is None, reason=reason, running=len(worker.running))
+
+    return live, ready

@@ -1,0 +1,100 @@
+"""What is done beside the jobs every now and then: the queue's metrics, and old rows away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection
+from datetime import timedelta
+
+from indexer import log, metrics
+from indexer.config import SidecarSettings
+from indexer.db import Connection, Database
+from indexer.errors import DatabaseUnavailable
+
+STATES = ("waiting", "running", "held", "unfinal")
+
+_LOOK_SECONDS = 5.0
+_PRUNE_SECONDS = 600.0
+_ROWS = 10_000
+
+
+async def keep_up(database: Database, settings: SidecarSettings, kinds: Collection[str]) -> None:
+    """Look at the queue every few seconds, and prune now and then, until cancelled."""
+    pruned_at = -_PRUNE_SECONDS
+    while True:
+        try:
+            async with database.acquire() as connection:
+                await publish(connection, kinds)
+                if time.monotonic() - pruned_at >= _PRUNE_SECONDS:
+                    pruned_at = time.monotonic()
+                    await prune(connection, timedelta(days=settings.log_days))
+        except DatabaseUnavailable:
+            pass  # the worker says what is wrong with it
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+async def publish(connection: Connection, kinds: Collection[str]) -> None:
+    """The queue's depth and age as metrics. A kind that we don't work off is `other`."""
+    rows = await connection.fetch(
+        """
+        with jobs as (
+            select case when entrypoint = any($1) then entrypoint else 'other' end as kind,
+                   case status when 'picked' then 'running' when 'failed' then 'held' else 'waiting' end as state,
+                   case status when 'queued' then execute_after else updated end as since
+            from indexer.pgqueuer
+            union all
+            select case when kind = any($1) then kind else 'other' end, 'unfinal', now() from indexer.waiting_job
+        )
+        select kind, state, count(*) as jobs, greatest(extract(epoch from now() - min(since)), 0)::float8 as seconds
+        from jobs group by kind, state
+        """,
+        list(kinds),
+    )
+    found = {(row["kind"], row["state"]): (row["jobs"], row["seconds"]) for row in rows}
+    for kind in (*kinds, "other"):
+        for state in STATES:
+            number, seconds = found.get((kind, state), (0, 0.0))
+            metrics.jobs.labels(kind, state).set(number)
+            metrics.job_oldest_seconds.labels(kind, state).set(seconds)
+
+
+async def prune(connection: Connection, keep: timedelta) -> None:
+    """Take away the log's old rows (a held job keeps its own), keys that hold no longer, and notes on what is gone."""
+    if not await connection.fetchval("select pg_try_advisory_lock(hashtext('indexer.prune'), 0)"):
+        return  # another worker is at it
+    try:
+        rows = deleted = await _prune_log(connection, keep)
+        while deleted == _ROWS:
+            deleted = await _prune_log(connection, keep)
+            rows += deleted
+        await connection.execute("delete from indexer.job_window where until < now()")
+        await connection.execute(
+            "delete from indexer.job_death where not exists (select from indexer.pgqueuer where id = job)"
+        )
+        await connection.execute("delete from indexer.job_gate where until < now()")
+    finally:
+        await connection.execute("select pg_advisory_unlock(hashtext('indexer.prune'), 0)")
+    if rows:
+        log.get().info("job log pruned", rows=rows)
+
+
+async def _prune_log(connection: Connection, keep: timedelta) -> int:
+    return int(
+        await connection.fetchval(
+            """
+            with gone as (
+                delete from indexer.pgqueuer_log where id in (
+                    select old.id from indexer.pgqueuer_log as old
+                    where created < now() - $1::interval and not exists (
+                        select from indexer.pgqueuer as job where job.id = old.job_id and job.status = 'failed'
+                    )
+                    order by created limit $2
+                )
+                returning id
+            )
+            select count(*) from gone
+            """,
+            keep, _ROWS,
+        )
+    )  # fmt: skip
