@@ -319,6 +319,32 @@ class AuthSettings(Section):
         return self
 
 
+class ListeningSettings(Section):
+    token_key: Annotated[SecretStr, AfterValidator(_long_secret)] | None = Field(
+        default=None, description="encrypts people's tokens, signs their sessions; without it nobody can connect"
+    )
+    old_token_keys: list[Annotated[SecretStr, AfterValidator(_long_secret)]] = Field(
+        default=[], description="earlier keys, until `indexer keys rotate-tokens` has run"
+    )
+    public_url: ApiUrl = Field(
+        default="http://127.0.0.1:8080", description="where people's browsers reach the sidecar; https in production"
+    )
+    founding_cap: int = Field(default=100, ge=0, description="places; who comes later is on the waitlist")
+    session_days: float = Field(default=30.0, gt=0, le=400, description="how long a sign-in lasts")
+    batch_size: int = Field(default=50, ge=1, le=50, description="people whom one job archives")
+    people_at_once: int = Field(default=25, ge=1, le=200, description="of these, at the same time")
+    person_seconds: Seconds = Field(default=60.0, description="time that one person's poll may take in all")
+    breaker_failures: int = Field(
+        default=10, ge=1, description="so many people in a row for whom Spotify can't be reached: it rests"
+    )
+    breaker_seconds: Seconds = Field(default=60.0, description="its rest, doubled each time up to 15 minutes")
+
+    @property
+    def redirect_url(self) -> str:
+        """Where Spotify sends people back to; to be registered there."""
+        return self.public_url.rstrip("/") + "/connect/spotify/callback"
+
+
 class LogSettings(Section):
     level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level shown")
     format: Literal["auto", "json", "console"] = Field(
@@ -341,6 +367,9 @@ class Settings(BaseSettings):
     )
     sidecar: SidecarSettings = Field(default_factory=SidecarSettings, description="the worker of jobs, and its API")
     auth: AuthSettings = Field(default_factory=AuthSettings, description="who may call the API")
+    listening: ListeningSettings = Field(
+        default_factory=ListeningSettings, description="archiving people's Spotify history"
+    )
     log: LogSettings = Field(default_factory=LogSettings, description="the log on standard error")
 
     @classmethod

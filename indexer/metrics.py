@@ -71,9 +71,17 @@ job_oldest_seconds = _gauge("job_oldest_seconds", "Age of the oldest such job th
 job_seconds = _histogram("job_seconds", "Time of a job, by how it ended", "kind", "outcome", buckets=_JOB_SECONDS)
 job_outcomes_total = _counter("job_outcomes_total", "Ends of jobs", "kind", "outcome")
 
+gate_closed = _gauge("gate_closed", "1 while no job of the kind is begun, as while a provider rests", "kind")
+
 provider_requests_total = _counter("provider_requests_total", "Requests to a provider", "provider", "status")
 provider_seconds = _histogram("provider_seconds", "Time of a request to a provider", "provider")
 provider_budget_remaining = _gauge("provider_budget_remaining", "What is left of the month's budget", "provider")
+
+listeners = _gauge("listeners", "People whose listening is archived, by how they stand", "state")
+listener_oldest_poll_seconds = _gauge("listener_oldest_poll_seconds", "Longest time without a poll of who is due")
+listener_failures_total = _counter("listener_failures_total", "Polls of people that failed", "type")
+play_events_total = _counter("play_events_total", "Plays of people archived")
+token_refreshes_total = _counter("token_refreshes_total", "Refreshes of people's tokens", "outcome")
 
 http_requests_total = _counter("http_requests_total", "Requests to the sidecar's API", "route", "status")
 http_seconds = _histogram("http_seconds", "Time of a request to the sidecar's API", "route")

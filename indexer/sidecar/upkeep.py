@@ -11,6 +11,7 @@ from indexer import log, metrics
 from indexer.config import SidecarSettings
 from indexer.db import Connection, Database
 from indexer.errors import DatabaseUnavailable
+from indexer.sidecar import gates
 
 STATES = ("waiting", "running", "held", "unfinal")
 
@@ -57,6 +58,9 @@ async def publish(connection: Connection, kinds: Collection[str]) -> None:
             number, seconds = found.get((kind, state), (0, 0.0))
             metrics.jobs.labels(kind, state).set(number)
             metrics.job_oldest_seconds.labels(kind, state).set(seconds)
+    closed = {one["kind"] for one in await gates.standing(connection)}
+    for kind in kinds:
+        metrics.gate_closed.labels(kind).set(kind in closed)
 
 
 async def prune(connection: Connection, keep: timedelta) -> None:

@@ -15,14 +15,16 @@ _BUSY = frozenset({408, 429, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 class ProviderError(Exception):
     """Base of what the clients raise. `status` is that of the answer, None where there was none.
 
-    `asked`: whether a request was sent, so that it counts. `outcome`: what metrics call it.
+    `asked`: whether a request was sent, so that it counts. `outcome`: what metrics call it. `code`: the error's name
+    in the words of OAuth (RFC 6749), where the answer is one of those.
     """
 
     def __init__(
-        self, provider: str, text: str, *, status: int | None = None, outcome: str = "error", asked: bool = True
-    ) -> None:
+        self, provider: str, text: str, *, status: int | None = None, outcome: str = "error", asked: bool = True,
+        code: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(f"{provider}: {text}")
-        self.provider, self.status, self.outcome, self.asked = provider, status, outcome, asked
+        self.provider, self.status, self.outcome, self.asked, self.code = provider, status, outcome, asked, code
 
 
 class Saturated(ProviderError):
@@ -44,13 +46,15 @@ class Failed(ProviderError):
     pass
 
 
-def refused(provider: str, what: str, status: int, retry_after: float | None = None) -> ProviderError:
+def refused(
+    provider: str, what: str, status: int, retry_after: float | None = None, code: str | None = None
+) -> ProviderError:
     """The exception for an HTTP status that is not 2xx."""
-    text, outcome = f"HTTP {status} to {what}", f"{status // 100}xx"
+    text, outcome = f"HTTP {status} to {what}" + (f" ({code})" if code else ""), f"{status // 100}xx"
     if status in _BUSY:
         return Saturated(provider, text, status=status, outcome=outcome, retry_after=retry_after)
     kind = Terminal if 400 <= status < 500 else Failed
-    return kind(provider, text, status=status, outcome=outcome)
+    return kind(provider, text, status=status, outcome=outcome, code=code)
 
 
 def unset(provider: str, setting: str) -> Failed:

@@ -23,6 +23,10 @@ T = TypeVar("T")
 
 DELAYS = (1.0, 2.0, 4.0, 8.0)
 _CONNECTIONS = 16
+_OAUTH_ERRORS = frozenset({
+    "invalid_request", "invalid_client", "invalid_grant", "unauthorized_client", "unsupported_grant_type",
+    "invalid_scope",
+})  # fmt: skip
 _CONNECT_SECONDS = 10.0
 _MOST_BYTES = 64 << 20
 _LONGEST_RETRY_AFTER = 86_400.0
@@ -40,9 +44,10 @@ class Http:
     """Requests to one provider over connections that are kept. Use as a context, or call `close`."""
 
     def __init__(
-        self, provider: str, base_url: str, *, timeout_seconds: float, headers: Mapping[str, str] | None = None
-    ) -> None:
-        self.provider = provider
+        self, provider: str, base_url: str, *, timeout_seconds: float, headers: Mapping[str, str] | None = None,
+        connections: int = _CONNECTIONS,
+    ) -> None:  # fmt: skip
+        self.provider, self._connections = provider, connections
         self._base = base_url.rstrip("/")
         self._timeout, self._headers = timeout_seconds, dict(headers or {})
         self._session: aiohttp.ClientSession | None = None
@@ -78,7 +83,8 @@ class Http:
         with self._counted():
             status, answered, raw = await self._exchange(what, method, url, params, headers, body)
             if not 200 <= status < 300:
-                raise refused(self.provider, what, status, retry_after(answered.get("Retry-After")))
+                wait, code = retry_after(answered.get("Retry-After")), oauth_error(raw) if status < 500 else None
+                raise refused(self.provider, what, status, wait, code)
             return Answer(self._decoded(what, answer, raw, status), status, answered)
 
     async def _exchange(
@@ -113,7 +119,7 @@ class Http:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=_CONNECTIONS),
+                connector=aiohttp.TCPConnector(limit=self._connections),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
                 headers=self._headers,
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -164,6 +170,19 @@ def retry_after(header: str | None, now: datetime | None = None) -> float | None
         at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
         seconds = (at - (now or datetime.now(UTC))).total_seconds()
     return None if math.isnan(seconds) else min(max(seconds, 0.0), _LONGEST_RETRY_AFTER)
+
+
+class _OAuthError(msgspec.Struct):
+    error: str
+
+
+def oauth_error(raw: bytes) -> str | None:
+    """The error's name in the words of OAuth, or None: nothing else of an answer gets into errors."""
+    try:
+        said = msgspec.json.decode(raw, type=_OAuthError).error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return said if said in _OAUTH_ERRORS else None
 
 
 async def with_backoff(

@@ -1,0 +1,13 @@
+"""People's Spotify history, archived every hour: Spotify itself keeps a person's last 50 plays alone.
+
+    vault       people's tokens, encrypted at rest
+    cooldown    kinds of failure, and how long a person is left alone after them
+    people      who is connected: places, leases, tokens, outcomes
+    plays       what was played, read and stored
+    archive     one person's poll, and a batch of them
+    schedule    the hourly jobs and the two routes of a scheduler
+    session     who a browser belongs to
+    connect     sign-in by Spotify
+    reads       history, top, export, deletion
+    page        a person's own page
+"""

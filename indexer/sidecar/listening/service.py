@@ -1,0 +1,32 @@
+"""What the listening jobs and routes share: one each process, in the resources under the name "listening"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import cached_property
+
+from indexer.config import ListeningSettings
+from indexer.db import Database
+from indexer.sidecar.listening.vault import Vault
+from indexer.sidecar.providers.spotify_user import SpotifyUser
+
+Clock = Callable[[], datetime]
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Listening:
+    """`clock` is the time by which people are polled, cool down and are signed in: a test may give its own."""
+
+    def __init__(
+        self, settings: ListeningSettings, database: Database, spotify: SpotifyUser, clock: Clock = now
+    ) -> None:
+        self.settings, self.database, self.spotify, self.clock = settings, database, spotify, clock
+
+    @cached_property
+    def vault(self) -> Vault:
+        """Raises ConfigError where no key is set."""
+        return Vault(self.settings)
