@@ -7,7 +7,6 @@ jobs a worker runs one at a time, so that the innocent are found out.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -25,6 +24,7 @@ from indexer.db import Connection
 from indexer.sidecar import gates
 from indexer.sidecar.connection import Lasting
 from indexer.sidecar.jobs import Outcome, storable
+from indexer.sidecar.together import Together
 
 # None of PGQUEUER_*: the names are those of our migration.
 NAMES = DBSettings(
@@ -52,7 +52,6 @@ class Ending(msgspec.Struct, frozen=True):
 
     job: models.Job
     outcome: Outcome
-    stored: asyncio.Future[None]
 
 
 class Store(Queries):
@@ -67,8 +66,7 @@ class Store(Queries):
         self._reclaimed_at = -1e9
         self.looked_at: float | None = None  # time.monotonic() of the last look for jobs
         self._lost = 0
-        self._endings: list[Ending] = []
-        self._storing: asyncio.Task[None] | None = None
+        self._storing = Together(self._store_all)
 
     # -- taking ----------------------------------------------------------------------------------------------------
 
@@ -159,30 +157,14 @@ class Store(Queries):
 
     async def end(self, job: models.Job, outcome: Outcome) -> None:
         """Store how a job ended; those that end in the meantime go together with the next ones."""
-        ending = Ending(job, outcome, asyncio.get_running_loop().create_future())
-        self._endings.append(ending)
-        if self._storing is None:
-            self._storing = asyncio.create_task(self._store_all(), name="store")
-        await ending.stored
+        await self._storing.do(Ending(job, outcome))
 
-    async def _store_all(self) -> None:
-        together: list[Ending] = []
-        try:
-            while self._endings:
-                together, self._endings = self._endings, []
-                await self._lasting.run(lambda connection, ends=together: self._store(connection, ends))  # type: ignore[misc]
-                for ending in together:
-                    self.taken.discard(ending.job.id)
-                    self.suspects.discard(ending.job.id)
-                    if not ending.stored.done():
-                        ending.stored.set_result(None)
-        except Exception as error:
-            for ending in [*together, *self._endings]:
-                if not ending.stored.done():
-                    ending.stored.set_exception(error)
-            self._endings = []
-        finally:
-            self._storing = None
+    async def _store_all(self, endings: list[Ending]) -> list[None]:
+        await self._lasting.run(lambda connection: self._store(connection, endings))
+        for ending in endings:
+            self.taken.discard(ending.job.id)
+            self.suspects.discard(ending.job.id)
+        return [None] * len(endings)
 
     async def _store(self, connection: Connection, endings: list[Ending]) -> None:
         async with connection.transaction():

@@ -4,7 +4,8 @@
     cooldown    kinds of failure, and how long a person is left alone after them
     people      who is connected: places, leases, tokens, outcomes
     plays       what was played, read and stored
-    archive     one person's poll, and a batch of them
+    poll        one person's poll: a fresh token, page by page
+    archive     a batch of people, each in isolation
     schedule    the hourly jobs and the two routes of a scheduler
     session     who a browser belongs to
     connect     sign-in by Spotify

@@ -15,8 +15,8 @@ class FailureType(StrEnum):
     UNKNOWN = "UNKNOWN"
 
 
-# first and longest
-_COOL_DOWNS: Mapping[FailureType, tuple[timedelta, timedelta]] = {
+# the first one, and the longest
+COOL_DOWNS: Mapping[FailureType, tuple[timedelta, timedelta]] = {
     FailureType.AUTH: (timedelta(minutes=30), timedelta(hours=4)),
     FailureType.NETWORK: (timedelta(minutes=10), timedelta(hours=1)),
     FailureType.UNKNOWN: (timedelta(minutes=20), timedelta(hours=3)),
@@ -27,7 +27,7 @@ DEACTIVATING_FAILURES = 2
 
 def cool_down(kind: FailureType, failures: int) -> timedelta:
     """base x 2^(failures - 1), capped; `failures` in a row, this one included."""
-    base, longest = _COOL_DOWNS[kind]
+    base, longest = COOL_DOWNS[kind]
     return min(base * 2.0 ** min(failures - 1, 16), longest)
 
 

@@ -10,7 +10,7 @@ from uuid import UUID
 import msgspec
 
 from indexer.db import Connection
-from indexer.sidecar.listening.cooldown import DEACTIVATING_FAILURES, FailureType, cool_down
+from indexer.sidecar.listening.cooldown import COOL_DOWNS, DEACTIVATING_FAILURES, FailureType
 from indexer.sidecar.listening.vault import Vault
 from indexer.sidecar.providers.spotify_user import Profile, Tokens
 
@@ -79,13 +79,16 @@ async def connect(
 async def _reconnect(
     connection: Connection, vault: Vault, listener: UUID, profile: Profile, tokens: Tokens, now: datetime
 ) -> None:
-    """New tokens make a person active again, whatever went wrong before. The cursor stays: no play is lost by it."""
+    """New tokens make a person active again, whatever went wrong before. The cursor stays: no play is lost by it.
+
+    A poll that is under way with the old tokens loses its lease: how it ends says nothing of the new ones.
+    """
     await connection.execute(
         """
         update listeners
         set email = $2, display_name = $3, access_token = $4, refresh_token = coalesce($5, refresh_token),
             token_expires_at = $6, is_active = true, consecutive_failures = 0, last_failure_type = null,
-            cooling_until = null
+            cooling_until = null, lease = null, leased_until = null
         where id = $1
         """,
         listener, profile.email, profile.display_name, vault.encrypt(tokens.access_token),
@@ -208,29 +211,27 @@ async def keep_tokens(
 
 
 async def failed(connection: Connection, person: Claim, kind: FailureType, now: datetime, *, revoked: bool) -> int:
-    """Note a failed poll and end the lease; returns the failures in a row.
+    """Note a failed poll and end the lease; returns the failures in a row, 0 where the lease was no longer ours.
 
     `revoked`: Spotify says that the person has taken the permission back; the second time in a row deactivates.
     """
-    row = await connection.fetchrow(
-        """
-        with was as (select last_failure_type from listeners where id = $1 for update)
-        update listeners
-        set consecutive_failures = consecutive_failures + 1, last_failure_type = $3, last_failed_at = $4,
-            is_active = is_active and not ($5 and consecutive_failures + 1 >= $6 and was.last_failure_type = 'AUTH'),
-            lease = null, leased_until = null
-        from was where id = $1 and lease = $2
-        returning consecutive_failures
-        """,
-        person.listener, person.lease, kind, now, revoked, DEACTIVATING_FAILURES,
+    first, longest = COOL_DOWNS[kind]
+    return int(
+        await connection.fetchval(
+            """
+            update listeners
+            set consecutive_failures = consecutive_failures + 1, last_failure_type = $3, last_failed_at = $4,
+                cooling_until = $4 + least($7::interval * power(2, least(consecutive_failures, 16)), $8::interval),
+                is_active = is_active
+                    and not ($5 and consecutive_failures + 1 >= $6 and last_failure_type is not distinct from 'AUTH'),
+                lease = null, leased_until = null
+            where id = $1 and lease = $2
+            returning consecutive_failures
+            """,
+            person.listener, person.lease, kind, now, revoked, DEACTIVATING_FAILURES, first, longest,
+        )
+        or 0
     )  # fmt: skip
-    if row is None:
-        return 0
-    failures = int(row["consecutive_failures"])
-    await connection.execute(
-        "update listeners set cooling_until = $2 where id = $1", person.listener, now + cool_down(kind, failures)
-    )
-    return failures
 
 
 async def rate_limited(connection: Connection, person: Claim, until: datetime) -> None:
