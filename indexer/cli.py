@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from indexer import cli_chain, cli_jobs, cli_keys, cli_recovery
+from indexer import cli_chain, cli_jobs, cli_keys, cli_listeners, cli_recovery
 from indexer.errors import HookLoadError, IndexerError
 
 if TYPE_CHECKING:
@@ -246,6 +246,7 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 app.add_typer(cli_recovery.app)
 app.add_typer(cli_chain.app)
 app.add_typer(cli_jobs.app)
+app.add_typer(cli_listeners.app)
 app.add_typer(cli_keys.app)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -84,7 +84,7 @@ def jobs(
             return 0 if opened else 1
         return await _act(connection, action, numbers, every, kind, reason, as_json)
 
-    _on_queue(config, secrets, work)
+    on_database(config, secrets, work, "jobs")
 
 
 def _numbers(given: Sequence[str], action: str, every: bool) -> list[int]:
@@ -115,8 +115,10 @@ async def _act(
     return 0 if done == len(set(numbers)) else 1
 
 
-def _on_queue(config: Path | None, secrets: Path | None, work: Callable[[Connection], Awaitable[int]]) -> None:
-    """Run `work` on a connection of its own, and exit with the code that it returns."""
+def on_database(
+    config: Path | None, secrets: Path | None, work: Callable[[Connection], Awaitable[int]], what: str
+) -> NoReturn:
+    """Run `work` on a connection of its own, and exit with the code that it returns; `what` its tables hold."""
     import asyncpg
 
     from indexer import app as application
@@ -133,7 +135,7 @@ def _on_queue(config: Path | None, secrets: Path | None, work: Callable[[Connect
                 with db.translated():
                     return await work(connection)
             except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
-                raise UsageError("this database has no jobs: run indexer migrate") from None
+                raise UsageError(f"this database has no {what}: run indexer migrate") from None
             finally:
                 connection.terminate()
 

@@ -103,6 +103,30 @@ def revoke(
     typer.echo(f"key {id_} is revoked" if revoked else f"key {id_} had expired before")
 
 
+@app.command("rotate-tokens", epilog="Example: indexer keys rotate-tokens --config indexer.toml")
+def rotate_tokens(config: ConfigOption = None, secrets: SecretsOption = None) -> None:
+    """Encrypt people's Spotify tokens by the newest listening.token_key, beside running sidecars.
+
+    It may be run as often as wished. Once it is done, the old keys may be dropped from listening.old_token_keys.
+    """
+    from indexer.settings_sources import load_settings
+    from indexer.sidecar.listening import operators
+    from indexer.sidecar.listening.vault import Vault
+
+    vault = Vault(load_settings(config, secrets).settings.listening)
+
+    def say(seen: int, total: int) -> None:
+        typer.echo(f"{seen:,} of {total:,} people", err=True)
+
+    changed, lost = _on_database(config, secrets, lambda connection: operators.rotate_tokens(connection, vault, say))
+    typer.echo(f"encrypted the tokens of {changed:,} people anew")
+    if lost:
+        raise UsageError(
+            f"the tokens of {lost:,} people were encrypted by a key that is not in the settings: "
+            "put it into listening.old_token_keys and run this again"
+        )
+
+
 def _on_database(
     config: Path | None, secrets: Path | None, work: Callable[[Connection], Coroutine[Any, Any, T]]
 ) -> T:  # fmt: skip

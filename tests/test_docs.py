@@ -32,7 +32,7 @@ LAYERS = (
     "sidecar",
     "status demochain",
     "demo",
-    "cli cli_chain cli_recovery cli_jobs cli_keys",
+    "cli cli_chain cli_recovery cli_jobs cli_keys cli_listeners",
 )
 
 

@@ -16,7 +16,10 @@ from indexer.migrations import sql_folder
 from indexer.sidecar import drain, maintenance, measurements, reads
 from indexer.sidecar.api import Live, LiveProbe, Ready, ReadyProbe, create_app, serving
 from indexer.sidecar.jobs import load_jobs
+from indexer.sidecar.listening import schedule as listening
+from indexer.sidecar.listening.service import Listening
 from indexer.sidecar.providers import open_providers
+from indexer.sidecar.providers.spotify_user import SpotifyUser
 from indexer.sidecar.routes import Route
 from indexer.sidecar.schedules import Scheduler, combined
 from indexer.sidecar.upkeep import keep_up
@@ -26,7 +29,7 @@ from indexer.version import version
 __all__ = ["CANCEL_SECONDS", "beside", "run", "sidecar_lines"]
 
 # What the API answers, beside the probes and what describes it.
-ROUTES: tuple[Route, ...] = (*measurements.ROUTES, *reads.ROUTES, *maintenance.ROUTES)
+ROUTES: tuple[Route, ...] = (*measurements.ROUTES, *reads.ROUTES, *maintenance.ROUTES, *listening.ROUTES)
 # Beside a daemon that a hook has halted nothing is waited for.
 _HALTED_DRAIN_SECONDS = 1.0
 
@@ -54,7 +57,7 @@ async def beside(settings: Settings, database: Database, halted: Callable[[], bo
     jobs = load_jobs(settings.sidecar.jobs)
     schedules = combined(jobs, settings.sidecar.schedules)
     async with AsyncExitStack() as stack:
-        resources = await open_resources(settings, stack)
+        resources = await open_resources(settings, database, stack)
         async with database.acquire() as connection:
             await drain.resume(connection, settings)
 
@@ -80,10 +83,14 @@ async def beside(settings: Settings, database: Database, halted: Callable[[], bo
             raise first from first.__cause__
 
 
-async def open_resources(settings: Settings, stack: AsyncExitStack) -> dict[str, Any]:
+async def open_resources(settings: Settings, database: Database, stack: AsyncExitStack) -> dict[str, Any]:
     """What jobs and routes share, by name; closed with the stack."""
     providers = await stack.enter_async_context(open_providers(settings.providers))
-    return {name: getattr(providers, name) for name in ("songstats", "apify", "spotify", "stripe")}
+    spotify = await stack.enter_async_context(SpotifyUser(settings.providers.spotify))
+    people = Listening(settings.listening, database, spotify)
+    stack.push_async_callback(people.settle)
+    named = {name: getattr(providers, name) for name in ("songstats", "apify", "spotify", "stripe")}
+    return {**named, "listening": people}
 
 
 def probes(settings: Settings, worker: Worker) -> tuple[LiveProbe, ReadyProbe]:

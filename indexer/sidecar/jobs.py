@@ -28,6 +28,7 @@ BUILT_IN: tuple[str, ...] = (
     "indexer.sidecar.drain:history",
     "indexer.sidecar.current:JOBS",
     "indexer.sidecar.maintenance:maintenance",
+    "indexer.sidecar.listening.schedule:JOBS",
 )
 
 _LONGEST_TEXT = 20_000

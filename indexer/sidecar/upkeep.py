@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from indexer import log, metrics
 from indexer.config import SidecarSettings
 from indexer.db import Connection, Database
 from indexer.errors import DatabaseUnavailable
 from indexer.sidecar import gates
+from indexer.sidecar.listening import operators
 
 STATES = ("waiting", "running", "held", "unfinal")
 
@@ -27,6 +28,7 @@ async def keep_up(database: Database, settings: SidecarSettings, kinds: Collecti
         try:
             async with database.acquire() as connection:
                 await publish(connection, kinds)
+                await operators.publish(connection, datetime.now(UTC))
                 if time.monotonic() - pruned_at >= _PRUNE_SECONDS:
                     pruned_at = time.monotonic()
                     await prune(connection, timedelta(days=settings.log_days))
@@ -77,6 +79,7 @@ async def prune(connection: Connection, keep: timedelta) -> None:
             "delete from indexer.job_death where not exists (select from indexer.pgqueuer where id = job)"
         )
         await connection.execute("delete from indexer.job_gate where until < now()")
+        await connection.execute("delete from listening_keys where until < now()")
     finally:
         await connection.execute("select pg_advisory_unlock(hashtext('indexer.prune'), 0)")
     if rows:

@@ -9,6 +9,7 @@ create table listeners (
     access_token         bytea,             -- both encrypted by a key of the settings; null: must connect anew
     refresh_token        bytea,
     token_expires_at     timestamptz,
+    token_version        integer not null default 0,  -- of the two, whatever key has encrypted them
     is_active            boolean not null default true,
     last_polled_at       timestamptz,       -- the last time that a poll succeeded
     cursor_ms            bigint,            -- of the newest play that is archived

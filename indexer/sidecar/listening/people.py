@@ -87,7 +87,7 @@ async def _reconnect(
         """
         update listeners
         set email = $2, display_name = $3, access_token = $4, refresh_token = coalesce($5, refresh_token),
-            token_expires_at = $6, is_active = true, consecutive_failures = 0, last_failure_type = null,
+            token_expires_at = $6, token_version = token_version + 1, is_active = true, consecutive_failures = 0, last_failure_type = null,
             cooling_until = null, lease = null, leased_until = null
         where id = $1
         """,
@@ -137,6 +137,7 @@ class Claim(msgspec.Struct, frozen=True):
     access_token: bytes | None = None
     refresh_token: bytes | None = None
     token_expires_at: datetime | None = None
+    token_version: int = 0
 
 
 async def claim(
@@ -168,7 +169,7 @@ async def claim(
             update listeners as person set lease = $3, leased_until = $4 + $5::interval
             from judged where person.id = judged.id and standing = 'claimed'
         )
-        select id, standing, cursor_ms, access_token, refresh_token, token_expires_at from judged
+        select id, standing, cursor_ms, access_token, refresh_token, token_expires_at, token_version from judged
         """,
         list(listeners), keys, lease, now, lasts,
     )  # fmt: skip
@@ -188,26 +189,23 @@ def _claim(listener: UUID, row: object, lease: UUID) -> Claim:
 async def keep_tokens(
     connection: Connection, vault: Vault, person: Claim, tokens: Tokens, now: datetime
 ) -> Claim | None:
-    """Store refreshed tokens, the rotated refresh token in the same statement as the access token.
+    """Store refreshed tokens, a rotated refresh token in the same statement as the access token.
 
     None where the tokens that they came from are no longer those of the person: whoever connected anew meanwhile has
-    better ones.
+    better ones. That they were encrypted by another key meanwhile does not matter.
     """
     access = vault.encrypt(tokens.access_token)
-    refresh = vault.encrypt(tokens.refresh_token) if tokens.refresh_token else person.refresh_token
-    stored = await connection.fetchval(
+    refresh = vault.encrypt(tokens.refresh_token) if tokens.refresh_token else None
+    row = await connection.fetchrow(
         """
-        update listeners set access_token = $3, refresh_token = $4, token_expires_at = $5
-        where id = $1 and refresh_token = $2
-        returning true
+        update listeners set access_token = $3, refresh_token = coalesce($4, refresh_token), token_expires_at = $5,
+            token_version = token_version + 1
+        where id = $1 and token_version = $2
+        returning access_token, refresh_token, token_expires_at, token_version
         """,
-        person.listener, person.refresh_token, access, refresh, _expiry(tokens, now),
+        person.listener, person.token_version, access, refresh, _expiry(tokens, now),
     )  # fmt: skip
-    if not stored:
-        return None
-    return msgspec.structs.replace(
-        person, access_token=access, refresh_token=refresh, token_expires_at=_expiry(tokens, now)
-    )
+    return msgspec.structs.replace(person, **dict(row)) if row is not None else None
 
 
 async def failed(connection: Connection, person: Claim, kind: FailureType, now: datetime, *, revoked: bool) -> int:
