@@ -87,8 +87,8 @@ async def _reconnect(
         """
         update listeners
         set email = $2, display_name = $3, access_token = $4, refresh_token = coalesce($5, refresh_token),
-            token_expires_at = $6, token_version = token_version + 1, is_active = true, consecutive_failures = 0, last_failure_type = null,
-            cooling_until = null, lease = null, leased_until = null
+            token_expires_at = $6, token_version = token_version + 1, is_active = true, consecutive_failures = 0,
+            last_failure_type = null, cooling_until = null, lease = null, leased_until = null
         where id = $1
         """,
         listener, profile.email, profile.display_name, vault.encrypt(tokens.access_token),
