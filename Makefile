@@ -12,7 +12,7 @@ ARGS    ?=
 LOCKS   ?= .
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint bench lock clean install anvil
+.PHONY: help demo test chaos day lint bench lock clean install anvil
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -89,6 +89,9 @@ test: $(VENV)/.dev anvil ## all tests, three at a time (ARGS="tests/test_x.py -k
 
 chaos: $(VENV)/.dev ## random histories of forks, lies and deaths (SECONDS=600; CHAOS_SEED=17 tells one again)
 	@exec $(BIN)/python tests/chaos.py --seconds $(or $(SECONDS),60) $(ARGS)
+
+day: $(VENV)/.dev ## a simulated day of 5,000 people who listen, with two sidecars and kills (ARGS="--people 500 --hours 6")
+	@exec $(BIN)/python tests/listening_day.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy --strict
 	$(BIN)/ruff check .

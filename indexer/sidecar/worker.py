@@ -60,6 +60,11 @@ class Worker:
             self._manager.register_executor(kind, _Runner(parameters, self))
 
     @property
+    def name(self) -> str:
+        """By which the database knows whose jobs run."""
+        return str(self._store.worker)
+
+    @property
     def begun(self) -> bool:
         """Whether it has looked for jobs already."""
         return self._store.looked_at is not None

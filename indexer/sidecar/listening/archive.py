@@ -123,7 +123,7 @@ class _Batch:
                 return Outcome(person.listener, "skipped", "spotify_rests")
             try:
                 return await self._one(person)
-            except (Misconfigured, DatabaseUnavailable) as error:
+            except Exception as error:  # ours, our settings' or the database's, and nobody's whom we poll
                 self._trouble = error
                 return Outcome(person.listener, "skipped", "trouble")
 

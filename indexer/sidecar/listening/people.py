@@ -219,7 +219,8 @@ async def failed(connection: Connection, person: Claim, kind: FailureType, now: 
             """
             update listeners
             set consecutive_failures = consecutive_failures + 1, last_failure_type = $3, last_failed_at = $4,
-                cooling_until = $4 + least($7::interval * power(2, least(consecutive_failures, 16)), $8::interval),
+                cooling_until = $4::timestamptz
+                    + least($7::interval * power(2, least(consecutive_failures, 16)), $8::interval),
                 is_active = is_active
                     and not ($5 and consecutive_failures + 1 >= $6 and last_failure_type is not distinct from 'AUTH'),
                 lease = null, leased_until = null

@@ -16,14 +16,18 @@ from indexer.sidecar.listening.vault import Vault
 from indexer.sidecar.providers import ProviderError, Terminal
 
 _EARLY = timedelta(minutes=5)
-# Spotify has no more than 50 plays; should that ever be more, the rest comes with the next poll
-_MOST_PAGES = 20
+# Spotify has no more than 50 plays, so that this is an answer that leads in circles
+_MOST_PAGES = 100
 # what says that the application itself is not let in
 _OURS = frozenset({"invalid_client", "unauthorized_client"})
 
 
 class Misconfigured(Exception):
     """Our own settings are wrong: nobody can be polled, and nobody's fault it is."""
+
+
+class EndlessPages(Exception):
+    """There are more pages of plays than there can be."""
 
 
 class Moved(Exception):
@@ -61,10 +65,11 @@ async def _recent(listening: Listening, vault: Vault, person: Claim) -> Polled:
         heard = [one for one in found if isinstance(one, Play)]
         plays += [play for play in heard if cursor is None or play.ms > cursor]
         reached = cursor is not None and any(play.ms <= cursor for play in heard)
-        if not found or reached or page.next is None or page.next == params:
-            break
+        if not found or reached or page.next is None:
+            return Polled(person, plays, rejects)
         params = page.next
-    return Polled(person, plays, rejects)
+    # the cursor must not pass what was not seen
+    raise EndlessPages
 
 
 # -- tokens --------------------------------------------------------------------------------------------------------
@@ -88,7 +93,7 @@ async def _refresh_and_keep(listening: Listening, vault: Vault, person: Claim) -
         tokens = await listening.spotify.refresh(vault.decrypt(person.refresh_token))
     except ProviderError as error:
         metrics.token_refreshes_total.labels("refused" if error.code == "invalid_grant" else "failed").inc()
-        if not error.asked or error.code in _OURS:
+        if not error.asked or error.code in _OURS or error.status == 401:  # of the token address: the client's secret
             raise Misconfigured(str(error)) from None
         raise
     metrics.token_refreshes_total.labels("refreshed" if tokens.refresh_token else "kept").inc()
