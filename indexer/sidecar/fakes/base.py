@@ -20,11 +20,17 @@ KeyOf = Callable[[web.Request], Awaitable[str]]
 
 
 class Reply(msgspec.Struct):
-    """The true answer to a call."""
+    """The true answer to a call: JSON, or bytes that go out as they are. `sent` is called once it is out whole."""
 
     body: Any
     status: int = 200
     headers: Mapping[str, str] = {}
+    content_type: str = "application/json"
+    sent: Callable[[], None] | None = None
+
+    @property
+    def raw(self) -> bytes:
+        return self.body if isinstance(self.body, bytes) else msgspec.json.encode(self.body)
 
 
 class Fake:
@@ -32,7 +38,7 @@ class Fake:
 
     `calls` are the requests in the order in which they came, noted before anything else happens to them: those that
     were given no answer count, too. `faults` are asked in order, and the first that strikes rules the answer.
-    GET /_calls tells them to who is in another process.
+    Every answer comes `latency_seconds` late. GET /_calls tells the calls to who is in another process.
     """
 
     name: ClassVar[str]
@@ -43,6 +49,7 @@ class Fake:
         self.port = port
         self.calls: list[Call] = []
         self.faults: list[Fault] = []
+        self.latency_seconds = 0.0
         self._runner: web.AppRunner | None = None
 
     @property
@@ -111,16 +118,21 @@ class Fake:
         async def answer(request: web.Request) -> web.StreamResponse:
             call = Call(route, await key_of(request) if key_of is not None else "")
             self.calls.append(call)
-            fault = next((fault for fault in self.faults if fault.strikes(call)), None)
+            if self.latency_seconds:
+                await asyncio.sleep(self.latency_seconds)
+            fault = self.striking(call)
             if fault is not None and (refused := _refused(request, call, fault, self.error)) is not None:
                 return refused
             reply = Reply(self.error(401), 401) if not self.authorized(request) else await handler(request)
             if fault is not None:
                 return await _struck(request, call, fault, reply)
-            call.status = reply.status
-            return _json(reply)
+            return _whole(request, call, reply)
 
         return answer
+
+    def striking(self, call: Call) -> Fault | None:
+        """The fault that rules the answer to this call, if any."""
+        return next((fault for fault in self.faults if fault.strikes(call)), None)
 
     async def _recorded(self, _: web.Request) -> web.Response:
         return _json(Reply({"calls": self.calls, "counts": self.counts()}))
@@ -148,10 +160,9 @@ async def _struck(request: web.Request, call: Call, fault: Fault, reply: Reply) 
     """The true answer, spoilt on its way back."""
     if fault.kind == "slow":
         await asyncio.sleep(fault.seconds)
-        call.status = reply.status
-        return _json(reply)
+        return _whole(request, call, reply)
     call.status = 200
-    raw = msgspec.json.encode(reply.body)
+    raw = reply.raw
     half = len(raw) // 2
     if fault.kind == "truncated":
         return web.Response(body=raw[:half], content_type="application/json")
@@ -166,9 +177,16 @@ async def _struck(request: web.Request, call: Call, fault: Fault, reply: Reply) 
     return response
 
 
+def _whole(request: web.Request, call: Call, reply: Reply) -> web.Response:
+    call.status = reply.status
+    # Who has hung up by now gets nothing.
+    if reply.sent is not None and request.transport is not None:
+        reply.sent()
+    return _json(reply)
+
+
 def _json(reply: Reply) -> web.Response:
-    body = msgspec.json.encode(reply.body)
-    return web.Response(body=body, status=reply.status, headers=reply.headers, content_type="application/json")
+    return web.Response(body=reply.raw, status=reply.status, headers=reply.headers, content_type=reply.content_type)
 
 
 def _hang_up(request: web.Request) -> None:

@@ -34,7 +34,7 @@ class FakeSpotify(Fake):
         self._revoked = self.tokens
 
     def routes(self, router: web.UrlDispatcher) -> None:
-        router.add_post("/api/token", self.answering("token", self._token))
+        router.add_post("/api/token", self.answering("token", self._token, self._asker))
         router.add_get("/v1/albums", self.answering("albums", self._albums, _ids))
         router.add_get("/v1/albums/{id}/tracks", self.answering("album", self._album, _id))
         router.add_get("/v1/tracks", self.answering("tracks", self._tracks, _ids))
@@ -49,6 +49,10 @@ class FakeSpotify(Fake):
 
     def error(self, status: int) -> Any:
         return {"error": {"status": status, "message": f"error {status}"}}
+
+    async def _asker(self, _: web.Request) -> str:
+        """Whom a token is for: the application itself."""
+        return ""
 
     async def _token(self, request: web.Request) -> Reply:
         if (await request.post()).get("grant_type") != "client_credentials":
