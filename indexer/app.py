@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from indexer import journal, ledger, log, metrics, registry
+from indexer import journal, ledger, log, metrics, notify, registry
 from indexer.config import Settings, SpanSettings
 from indexer.db import Connection, Database, make_schema, shown
 from indexer.embedded import EmbeddedPostgres, default_data_dir
@@ -154,6 +154,8 @@ async def run(
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(_monitor(database, chain.id, state, settings.http.stall_seconds), name="monitor")
                 tasks.create_task(follow(database, source, pipeline, state), name="follow")
+                told = notify.keep_told(lambda: _standing(state, settings.http.stall_seconds))
+                tasks.create_task(told, name="notify")
                 if beside is not None:
                     halted = lambda: state.role is Role.HALTED  # noqa: E731
                     tasks.create_task(beside.work(settings, database, halted), name="sidecar")
@@ -260,7 +262,7 @@ async def _monitor(database: Database, chain: int, state: State, stall_seconds: 
 
 def _tell_stall(state: State, stall_seconds: float, told: bool) -> bool:
     """Log once a stall what every task waits for, and once that it is over; returns whether one has been told of."""
-    if state.stalled_seconds <= stall_seconds:
+    if not state.stalled(stall_seconds):
         if told:
             log.get().info("stalled: over", chain=state.chain, block=state.cursor)
         return False
@@ -271,6 +273,14 @@ def _tell_stall(state: State, stall_seconds: float, told: bool) -> bool:
             seconds=round(state.stalled_seconds, 1), tasks=tasks,
         )  # fmt: skip
     return True
+
+
+def _standing(state: State, stall_seconds: float) -> notify.Standing:
+    """For systemd: what /readyz and /livez answer, and where the daemon is."""
+    at = f"{state.role} at block {state.cursor}, lag {state.lag_blocks} blocks, {state.lag_seconds:.0f} s"
+    stalled = state.stalled(stall_seconds)
+    why = f"stalled for {state.stalled_seconds:.0f} s, waiting on {state.waiting_on}" if stalled else state.reason
+    return notify.Standing(state.ready(stall_seconds), not stalled, f"{at}: {why}" if why else at)
 
 
 def _waits_at(task: asyncio.Task[object]) -> str:

@@ -104,6 +104,15 @@ class State:
             return 0.0
         return time.monotonic() - self.progressed_at
 
+    def stalled(self, after_seconds: float) -> bool:
+        """Whether a restart is the remedy: what /livez, the log and systemd's watchdog go by."""
+        return self.stalled_seconds > after_seconds
+
+    def ready(self, after_seconds: float) -> bool:
+        """Whether we lead or stand by, and get on if we lead: what /readyz and systemd's READY go by."""
+        silent = self.silent_seconds > after_seconds
+        return self.role in (Role.LEADER, Role.STANDBY) and not self.stalled(after_seconds) and not silent
+
     @property
     def silent_seconds(self) -> float:
         """Since any node told us of a head, while we lead: nothing to commit may also mean that nobody tells us."""

@@ -18,7 +18,7 @@ from indexer.db import Database
 from indexer.errors import ConfigError, IndexerError
 from indexer.model import NodeFacts, Panel
 from indexer.registry import Registered
-from indexer.state import Role, State
+from indexer.state import State
 from indexer.version import version
 
 _PAGE = Path(__file__).parent / "page.html"
@@ -68,7 +68,7 @@ class Web:
 
     @property
     def _stalled(self) -> bool:
-        return self._state.stalled_seconds > self._settings.http.stall_seconds
+        return self._state.stalled(self._settings.http.stall_seconds)
 
     async def livez(self, _: web.Request) -> web.Response:
         """200 while there is progress or nothing to do; 503 where the head moves and nothing is committed."""
@@ -81,8 +81,8 @@ class Web:
     async def readyz(self, _: web.Request) -> web.Response:
         """200 for a leader and for a standby; 503 while starting, halted, stopping or stalled, with the reason."""
         state = self._state
+        ready = state.ready(self._settings.http.stall_seconds)
         silent = state.silent_seconds > self._settings.http.stall_seconds
-        ready = state.role in (Role.LEADER, Role.STANDBY) and not self._stalled and not silent
         reason = "stalled" if self._stalled else "no node answers" if silent else state.reason
         facts = {"ready": ready, "role": state.role, "reason": reason, "lag_blocks": state.lag_blocks}
         return _json(facts, 200 if ready else 503)

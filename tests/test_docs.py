@@ -18,6 +18,7 @@ LAYERS = (
     "model",
     "config settings_fields settings_errors settings_sources config_report",
     "log metrics",
+    "notify",
     "binaries embedded db migrations",
     "ledger queue",
     "journal",

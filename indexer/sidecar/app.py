@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from indexer import log, registry
+from indexer import log, notify, registry
 from indexer.app import migrate_database, open_database
 from indexer.config import Settings
 from indexer.db import Database, shown
@@ -49,11 +49,16 @@ async def run(settings: Settings) -> None:
     async with open_database(settings) as database:
         for name in await migrate_database(database, hooks, sidecar_lines()):
             log.get().info("migration applied", file=name)
-        await beside(settings, database)
+        await beside(settings, database, alone=True)
 
 
-async def beside(settings: Settings, database: Database, halted: Callable[[], bool] = lambda: False) -> None:
-    """The sidecar on a database that is open and migrated, until cancelled; `halted`: whether there is no time left."""
+async def beside(
+    settings: Settings, database: Database, halted: Callable[[], bool] = lambda: False, *, alone: bool = False
+) -> None:
+    """The sidecar on a database that is open and migrated, until cancelled.
+
+    `halted` says whether there is no time left; `alone`: systemd's process is ours, and no daemon's that tells it.
+    """
     jobs = load_jobs(settings.sidecar.jobs)
     schedules = combined(jobs, settings.sidecar.schedules)
     async with AsyncExitStack() as stack:
@@ -78,6 +83,9 @@ async def beside(settings: Settings, database: Database, halted: Callable[[], bo
                 tasks.create_task(worker.run(), name="jobs")
                 tasks.create_task(Scheduler(database, schedules).run(), name="schedules")
                 tasks.create_task(keep_up(database, settings.sidecar, jobs), name="upkeep")
+                if alone:
+                    told = notify.keep_told(lambda: _standing(settings, worker))
+                    tasks.create_task(told, name="notify")
         except ExceptionGroup as group:
             first = group.exceptions[0]
             raise first from first.__cause__
@@ -97,16 +105,33 @@ def probes(settings: Settings, worker: Worker) -> tuple[LiveProbe, ReadyProbe]:
     """What /livez and /readyz say of the worker."""
 
     async def live() -> Live:
-        """Not, where the worker has not looked for jobs for long although the database is there."""
-        if worker.silent_seconds > settings.http.stall_seconds and worker.driver.trouble is None:
-            return Live(live=False, reason="the worker does not look for jobs")
-        return Live(live=True)
+        reason = _stuck(settings, worker)
+        return Live(live=reason is None, reason=reason)
 
     async def ready() -> Ready:
-        """Not while starting, draining or without a database."""
-        reason = "draining" if worker.draining else worker.driver.trouble and "the database is away"
-        if reason is None and not worker.begun:
-            reason = "starting"
+        reason = _unready(worker)
         return Ready(ready=reason is None, reason=reason, running=len(worker.running))
 
     return live, ready
+
+
+def _stuck(settings: Settings, worker: Worker) -> str | None:
+    """Why a restart is the remedy: the worker has not looked for jobs for long although the database is there."""
+    silent = worker.silent_seconds > settings.http.stall_seconds and worker.driver.trouble is None
+    return "the worker does not look for jobs" if silent else None
+
+
+def _unready(worker: Worker) -> str | None:
+    """Why no jobs are begun: draining, without a database, or starting."""
+    if worker.draining:
+        return "draining"
+    if worker.driver.trouble is not None:
+        return "the database is away"
+    return None if worker.begun else "starting"
+
+
+def _standing(settings: Settings, worker: Worker) -> notify.Standing:
+    """For systemd: what the probes answer, and how many jobs run."""
+    stuck, unready = _stuck(settings, worker), _unready(worker)
+    status = f"{stuck or unready or 'working'}, {len(worker.running)} jobs running"
+    return notify.Standing(stuck is None and unready is None, stuck is None, status)
