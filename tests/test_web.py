@@ -25,11 +25,12 @@ ENGINE = {
 LATER = {
     "reorgs_total", "reorg_depth", "journal_rows", "jobs", "job_oldest_seconds", "job_seconds", "job_outcomes_total",
     "provider_requests_total", "provider_seconds", "provider_budget_remaining", "listeners",
-    "listener_oldest_poll_seconds", "play_events_total", "http_requests_total", "http_seconds",
+    "listener_oldest_poll_seconds", "play_events_total", "listener_failures_total", "token_refreshes_total",
+    "gate_closed", "http_requests_total", "http_seconds",
 }  # fmt: skip
 LABELS = {
     "chain", "hook", "stage", "table", "op", "policy", "reason", "on", "endpoint", "method", "outcome", "state", "kind",
-    "provider", "status", "route", "version", "source", "le",
+    "provider", "status", "route", "version", "source", "le", "type",
     "implementation", "major", "minor", "patchlevel",  # of Python itself
 }  # fmt: skip
 
