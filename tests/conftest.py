@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import asyncpg
 import pytest
 import structlog
+from privacy import overheard, personal
 
+from indexer import metrics
 from indexer.pytest_plugin import HASTY, Databases
 
 __all__ = ["HASTY"]
@@ -19,6 +21,22 @@ def _log_as_before() -> Iterator[None]:
     before = structlog.get_config()
     yield
     structlog.configure(**before)
+
+
+@pytest.fixture(autouse=True)
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Whatever a test is about: no token, e-mail or name gets into the log or into an error of the API."""
+    with overheard(monkeypatch) as heard:
+        yield heard
+    found = personal("".join(heard))
+    assert not found, f"said aloud: {found[:3]}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_personal_in_metrics() -> Iterator[None]:
+    """Nor, at the end of all of them, into the metrics."""
+    yield
+    assert not personal(metrics.exposition().decode())
 
 
 @pytest.fixture

@@ -213,6 +213,7 @@ class Daemon:
         await self.kill()
         if kind is not None:
             print(f"{self.config.name} ended with {self.process.returncode}:\n{self.story}")  # pytest shows it
+        assert not personal(self.story)
 
     async def _read(self) -> None:
         assert self.process.stderr is not None
