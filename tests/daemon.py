@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import asyncpg
+from privacy import personal
 
 from indexer.demochain import PLAY_REGISTRY, Listeners, Play
 from indexer.devchain import load_artifact
