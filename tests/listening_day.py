@@ -56,7 +56,6 @@ class Day:
         self.broken: dict[UUID, str] = {}
         self.cooling: list[tuple[str, datetime, datetime]] = []  # who, and from when until when nobody may ask
         self.starts: dict[datetime, list[datetime]] = {}
-        self.orphans: set[int] = set()
         self.harmed: set[tuple[str, datetime]] = set()  # whom a killed worker had in hand, and in which hour
         self.sidecars: dict[str, asyncio.subprocess.Process] = {}
         self.kills = self.steps = 0
@@ -122,29 +121,44 @@ class Day:
         until = time.monotonic() + 120
         while await self.connection.fetchval(
             """
-            select exists (select from indexer.pgqueuer where id <> all($1::bigint[])
-                           and (status = 'picked' or status = 'queued' and execute_after <= now()))
+            select exists (
+                select from indexer.pgqueuer where status = 'queued' and execute_after <= now()
+                    or status = 'picked' and queue_manager_id::text = any($1::text[])
+            )
             """,
-            list(self.orphans),
+            list(self.sidecars),
         ):
-            assert time.monotonic() < until, "the jobs don't end"
+            assert time.monotonic() < until, await self.trouble()
             await asyncio.sleep(0.005)
+
+    async def trouble(self) -> str:
+        """What there is to be seen where jobs don't end."""
+        jobs = await self.connection.fetch(
+            """
+            select id, entrypoint, status, attempts, execute_after, queue_manager_id, heartbeat, now() as now
+            from indexer.pgqueuer where status <> 'queued' or execute_after <= now()
+            """
+        )
+        errors = await self.connection.fetch(
+            "select * from indexer.pgqueuer_log where traceback is not null order by created desc limit 5"
+        )
+        told = [*jobs, *errors, *await gates.standing(self.connection)]
+        return "\n".join(["the jobs don't end", str(list(self.sidecars)), *(str(dict(one)) for one in told)])
 
     async def kill(self) -> None:
         """kill -9 of who has the batch in hand, somewhere in the middle of it, and another in its place."""
         until = time.monotonic() + 1
-        while time.monotonic() < until:
+        name = None
+        while name is None and time.monotonic() < until:
             name = await self.connection.fetchval(
                 """
                 select queue_manager_id::text from indexer.pgqueuer
-                where status = 'picked' and entrypoint = $1 and id <> all($2::bigint[])
+                where status = 'picked' and entrypoint = $1 and queue_manager_id::text = any($2::text[])
                 """,
-                KIND, list(self.orphans),
+                KIND, list(self.sidecars),
             )  # fmt: skip
-            if name is not None:
-                break
             await asyncio.sleep(0.002)
-        else:
+        if name is None:
             return
         await asyncio.sleep(self.random.random() * 0.1)
         victim = self.sidecars.pop(name)
@@ -152,25 +166,22 @@ class Day:
         await victim.wait()
         self.kills += 1
         await self.sidecar()
+
+    async def bury(self, moment: datetime) -> None:
+        """An hour without a heartbeat later (the hour is simulated, too) the dead ones' jobs wait again."""
+        self.set_clock(moment)
         rows = await self.connection.fetch(
-            "select id, payload from indexer.pgqueuer where status = 'picked' and queue_manager_id::text = $1", name
+            """
+            update indexer.pgqueuer set heartbeat = now() - interval '2 hours'
+            where status = 'picked' and queue_manager_id::text <> all($1::text[])
+            returning payload
+            """,
+            list(self.sidecars),
         )
-        self.orphans |= {row["id"] for row in rows}
         hour, names = self.now.replace(minute=0, second=0), {one.id: one.at_spotify.id for one in self.people}
         for row in rows:
             self.harmed |= {(names[UUID(one)], hour) for one in msgspec.json.decode(row["payload"])["userIds"]}
-
-    async def bury(self, moment: datetime) -> None:
-        """An hour without a heartbeat later (the hour is simulated, too) the dead one's jobs wait again."""
-        if not self.orphans:
-            return
-        self.set_clock(moment)
-        await self.connection.execute(
-            "update indexer.pgqueuer set heartbeat = now() - interval '2 hours' where id = any($1::bigint[])",
-            list(self.orphans),
-        )
         await reclaim(self.connection, timedelta(hours=1), 3)
-        self.orphans.clear()
         await gates.wake(self.connection)
         await self.settled()
         await self.check_cool_downs()
