@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
 from indexer.config import ApifySettings, SongstatsSettings, SpotifySettings, StripeSettings
@@ -83,3 +86,23 @@ async def pair(case: Case, **settings: Any) -> AsyncIterator[tuple[Any, Any]]:
                 await other.start(["a"])
             fake.calls.clear()
         yield fake, client
+
+
+def everything_said(error: BaseException) -> str:
+    """All that a log or a table could get to hold of an exception."""
+    parts = [str(error), repr(error), repr(vars(error)), *traceback.format_exception(error)]
+    return "".join(part for part in parts if not part.lstrip().startswith("File"))
+
+
+@asynccontextmanager
+async def process(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A stand-in as a process, and its address."""
+    command = (sys.executable, "-m", "indexer.sidecar.fakes", *arguments)
+    running = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert running.stdout is not None
+        yield running, (await asyncio.wait_for(running.stdout.readline(), 60)).decode().strip()
+    finally:
+        with suppress(ProcessLookupError):
+            running.kill()
+        await running.wait()

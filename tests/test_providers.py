@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
-import sys
-from collections.abc import AsyncIterator
 from datetime import date
 from typing import Any
 
 import aiohttp
 import pytest
-from providerkit import ACCOUNT, ISRC, apify_at, songstats_at, spotify_at, stripe_at
+from providerkit import ACCOUNT, ISRC, apify_at, process, songstats_at, spotify_at, stripe_at
 
 from indexer.config import ProvidersSettings
 from indexer.sidecar.fakes import FakeApify, FakeSongstats, FakeSpotify, FakeStripe, MadeTrack, body_of, tracks_of
@@ -349,19 +346,6 @@ async def test_all_together() -> None:
             assert isinstance(counts.rows[0], PlayCount)
             assert (await clients.songstats.history(ISRC)).points
             assert not (await clients.stripe.card_on_file(ACCOUNT)).card
-
-
-@contextlib.asynccontextmanager
-async def process(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    command = (sys.executable, "-m", "indexer.sidecar.fakes", *arguments)
-    running = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    try:
-        assert running.stdout is not None
-        yield running, (await asyncio.wait_for(running.stdout.readline(), 60)).decode().strip()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            running.kill()
-        await running.wait()
 
 
 async def test_a_stand_in_as_a_process() -> None:

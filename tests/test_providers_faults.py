@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import traceback
 from typing import Any
 
 import pytest
 import structlog
-from providerkit import ACCOUNT, CASES, ISRC, pair, songstats_at
+from providerkit import ACCOUNT, CASES, ISRC, everything_said, pair, songstats_at
 from structlog.testing import capture_logs
 
 from indexer import metrics
@@ -43,12 +42,6 @@ SECRETS = [
 def requests(provider: str, outcome: str) -> float:
     name, labels = "indexer_provider_requests_total", {"provider": provider, "status": outcome}
     return metrics.registry.get_sample_value(name, labels) or 0.0
-
-
-def everything_said(error: BaseException) -> str:
-    """All that a log or a table could get to hold of an exception."""
-    parts = [str(error), repr(error), repr(vars(error)), *traceback.format_exception(error)]
-    return "".join(part for part in parts if not part.lstrip().startswith("File"))
 
 
 def test_all_faults_are_tried() -> None:
