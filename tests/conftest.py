@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 
 import asyncpg
@@ -13,6 +15,11 @@ from indexer import metrics
 from indexer.pytest_plugin import HASTY, Databases
 
 __all__ = ["HASTY"]
+
+# Some machines forbid Python to keep what it compiled. The hundreds of processes that the tests start would each
+# compile every library anew, for more than a second each.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(autouse=True)
