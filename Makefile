@@ -84,8 +84,8 @@ demo: $(DEMO) anvil ## a chain, a database and the rows, on this machine (SECOND
 	@exec $(BIN)/indexer demo $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS)
 
 test: STRICT := yes
-test: $(VENV)/.dev anvil ## all tests, three at a time (ARGS="tests/test_x.py -k name")
-	@exec $(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist worksteal)
+test: $(VENV)/.dev anvil ## all tests, four at a time (ARGS="tests/test_x.py -k name")
+	@exec $(BIN)/python -m pytest $(or $(ARGS),-n 4 --maxschedchunk 1)
 
 chaos: $(VENV)/.dev ## random histories of forks, lies and deaths (SECONDS=600; CHAOS_SEED=17 tells one again)
 	@exec $(BIN)/python tests/chaos.py --seconds $(or $(SECONDS),60) $(ARGS)

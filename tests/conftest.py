@@ -22,6 +22,12 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The modules that start processes first: they take longest and mostly wait, and at the end all would wait."""
+    starters = {"Daemon", "EmbeddedPostgres", "INDEXER", "command"}
+    items.sort(key=lambda item: starters.isdisjoint(vars(getattr(item, "module", None) or object)))
+
+
 @pytest.fixture(autouse=True)
 def _log_as_before() -> Iterator[None]:
     """One test's setting of the log is none of the next one's."""

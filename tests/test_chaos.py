@@ -24,7 +24,7 @@ from indexer.embedded import EmbeddedPostgres
 from indexer.errors import DeepReorg, IndexerError
 from indexer.pytest_plugin import HASTY, SESSION, Databases
 
-HISTORIES, SECONDS = 500, 60.0
+HISTORIES, SECONDS = 120, 40.0
 PLAY_HOOKS = ["hooks.plays:plays"]
 
 
@@ -40,7 +40,7 @@ def urls(indexer_databases: Databases) -> Iterator[list[str]]:
 
 
 def test_random_histories(urls: list[str], seed: int, capfd: pytest.CaptureFixture[str]) -> None:
-    """500 of them, or as many as there is time for; `make chaos SECONDS=600` takes longer."""
+    """120 of them, or as many as there is time for; `make chaos SECONDS=600` tells thousands."""
     failed = chaos.run_workers(urls, seed, HISTORIES, SECONDS)
     out, err = capfd.readouterr()
     with capfd.disabled():

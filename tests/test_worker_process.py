@@ -122,7 +122,7 @@ class TestStop:
         rows = await connection.fetch("select name, ended_at is not null as ended from seen order by name")
         assert [tuple(row) for row in rows] == [("quick", True), ("slow", False)]
         left = await connection.fetch(
-            "select id, status::text, attempts, queue_manager_id from indexer.pgqueuer order by id"
+            "select id, status::text, attempts, queue_manager_id from indexer.pgqueuer where id < 4 order by id"
         )
         assert [tuple(row) for row in left] == [(2, "queued", 0, None), (3, "queued", 0, None)]
 
@@ -172,7 +172,7 @@ class TestOutage:
                 began = time.monotonic()
                 await emptied(connection)
                 assert time.monotonic() - began < 20
-                assert await connection.fetchval("select count(*) from indexer.pgqueuer") == 0
+                assert await states(connection) == {}
                 assert _lines(tmp_path / "starts") == 40
                 await one.logged("database unavailable: over")
                 await connection.close()
