@@ -120,15 +120,9 @@ async def working(
 
 
 async def states(connection: asyncpg.Connection) -> dict[str, int]:
-    """How many jobs are in which of PgQueuer's states.
-
-    But for those that come when the clock says: a quarter's chores wait for up to a minute.
-    """
+    """How many jobs are in which of PgQueuer's states; those of a schedule, which the clock makes, don't count."""
     rows = await connection.fetch(
-        """
-        select status::text, count(*) from indexer.pgqueuer
-        where entrypoint not in ('chores', 'playcount.maintenance') group by 1
-        """
+        "select status::text, count(*) from indexer.pgqueuer where coalesce(dedupe_key, '') not like '%@%' group by 1"
     )
     return dict(map(tuple, rows))
 
