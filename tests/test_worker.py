@@ -14,6 +14,7 @@ from queuekit import KINDS, SEEN, count, emptied, reaches, states, told, working
 
 from indexer import metrics, queue
 from indexer.errors import ConfigError, HookLoadError, UsageError
+from indexer.migrations import migrate, sql_folder
 from indexer.queue import NewJob
 from indexer.sidecar import gates, operations, upkeep
 from indexer.sidecar.jobs import Held, Outcome, Retry, Saturated, Terminal, backoff, job, judge, limits, load_jobs
@@ -312,6 +313,7 @@ class TestUpkeep:
         assert value("jobs", kind="test.told", state="waiting") == 0
 
     async def test_prune_keeps_what_is_young_or_held(self, connection: asyncpg.Connection) -> None:
+        await migrate(connection, [("sidecar", sql_folder("sidecar"))])
         await queue.enqueue_many(connection, "a", [NewJob({})] * 3, window=timedelta(hours=1))
         await queue.enqueue(connection, "a", {}, key="k", window=timedelta(hours=1))
         await operations.hold(connection, [2], "x")
