@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import asyncpg
 import pytest
 import structlog
+from daemon import Commands
 from privacy import overheard, personal
 
 from indexer import metrics
@@ -68,3 +69,13 @@ def empty_database_url(indexer_databases: Databases) -> Iterator[str]:
     """The address of a database without any of our tables."""
     with indexer_databases.empty() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Runs commands of `indexer` in processes of their own, without the second that their imports take."""
+    running = Commands(tmp_path_factory.mktemp("commands"))
+    try:
+        yield running
+    finally:
+        running.close()

@@ -115,7 +115,7 @@ def _json(text: str) -> dict[str, Any] | None:
 # Runs commands in processes of their own that need not import everything anew: forked, one for each line that it reads.
 _FORKS = """
 import gc, json, os, signal, sys
-import indexer.app, indexer.config_report, indexer.demo, indexer.progress, indexer.status
+import indexer.app, indexer.config_report, indexer.demo, indexer.progress, indexer.sidecar.app, indexer.status
 from indexer.cli import main
 gc.freeze()  # what is shared with a child stays shared
 for line in sys.stdin:

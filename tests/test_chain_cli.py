@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,6 @@ from indexer.config import ChainSettings
 
 Run = Callable[..., Awaitable[Ended]]
 CHAINS = {"chain-a": 12, "chain-b": 8}
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    running = Commands(tmp_path_factory.mktemp("commands"))
-    try:
-        yield running
-    finally:
-        running.close()
 
 
 def values(database_url: str, **chain: Any) -> dict[str, Any]:

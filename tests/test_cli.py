@@ -49,15 +49,6 @@ def with_password(url: str) -> str:
     return url.replace("indexer@", f"indexer:{SECRET}@", 1)
 
 
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    running = Commands(tmp_path_factory.mktemp("commands"))
-    try:
-        yield running
-    finally:
-        running.close()
-
-
 @pytest.fixture
 def run(commands: Commands, tmp_path: Path) -> Run:
     """`indexer run` with settings that can't work."""

@@ -16,13 +16,6 @@ from indexer.queue import NewJob
 from indexer.sidecar import gates, operations
 
 
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    opened = Commands(tmp_path_factory.mktemp("commands"))
-    yield opened
-    opened.close()
-
-
 @pytest.fixture
 async def jobs(commands: Commands, tmp_path: Path, database_url: str) -> Any:
     (tmp_path / "indexer.toml").write_text(toml({"database": {"url": database_url}}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -17,15 +17,6 @@ from indexer.sidecar import keys
 pytestmark = pytest.mark.timeout(120)
 
 Run = Callable[..., Awaitable[Ended]]
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    running = Commands(tmp_path_factory.mktemp("commands"))
-    try:
-        yield running
-    finally:
-        running.close()
 
 
 @pytest.fixture

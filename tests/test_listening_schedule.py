@@ -14,7 +14,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 from apikit import CRON_SECRET, Api, serving_api
-from daemon import command, toml, until
+from daemon import Commands, toml, until
 from listenkit import HOUR, MINUTE, START, TOKEN_KEY, Stage, listening_stage
 
 from indexer import metrics, queue
@@ -206,7 +206,9 @@ async def test_the_schedulers_routes(stage: Stage, database_url: str) -> None:
 # -- operators -----------------------------------------------------------------------------------------------------
 
 
-async def test_what_operators_see_and_reset(stage: Stage, database_url: str, tmp_path: Path) -> None:
+async def test_what_operators_see_and_reset(
+    stage: Stage, commands: Commands, database_url: str, tmp_path: Path
+) -> None:
     stage.now = datetime.now(UTC)
     people = await stage.people(4)
     people[0].at_spotify.play(1, stage.now - MINUTE)
@@ -214,20 +216,20 @@ async def test_what_operators_see_and_reset(stage: Stage, database_url: str, tmp
     await stage.archive(people[0], people[1])
     await stage.connection.execute("update listeners set is_active = false where id = $1", people[2].id)
     (tmp_path / "indexer.toml").write_text(toml({"database": {"url": database_url}}))
-    told = await command("listeners", folder=tmp_path)
+    told = await commands("listeners", folder=tmp_path)
     assert told.code == 1  # somebody must connect anew
     assert "people: 2 active, 1 cooling down, 0 rate limited, 1 disconnected" in told.out
     assert f"{people[1].id}  UNKNOWN  1 in a row  20 min left" in told.out
     assert f"{people[2].id}  -  0 in a row  must connect anew" in told.out and "track " in told.out
-    facts = json.loads((await command("listeners", "--json", folder=tmp_path)).out)
+    facts = json.loads((await commands("listeners", "--json", folder=tmp_path)).out)
     assert facts["cooling_down"] == 1 and facts["places_taken"] == 4 and len(facts["latest_plays"]) == 1
     for text in (told.out, json.dumps(facts)):
         assert "Name-of" not in text and "@" not in text and "person0000" not in text
-    told = await command("listeners", "reset", str(people[1].id), folder=tmp_path)
+    told = await commands("listeners", "reset", str(people[1].id), folder=tmp_path)
     assert told.code == 0 and (await stage.row(people[1]))["cooling_until"] is None
     for wrong, text in ((["reset"], "whose?"), (["reset", "x"], "UUID"), (["reset", str(uuid4())], "nobody"),
                         (["poke"], "no action")):  # fmt: skip
-        told = await command("listeners", *wrong, folder=tmp_path)
+        told = await commands("listeners", *wrong, folder=tmp_path)
         assert told.code == 2 and text in told.err and told.err.count("\n") == 1
     await operators.publish(stage.connection, stage.now)
     states = {state: metrics.registry.get_sample_value("indexer_listeners", {"state": state})
@@ -235,7 +237,9 @@ async def test_what_operators_see_and_reset(stage: Stage, database_url: str, tmp
     assert states == {"active": 3, "cooling_down": 0, "rate_limited": 0, "disconnected": 1}
 
 
-async def test_the_key_of_tokens_is_rotated_beside_workers(stage: Stage, database_url: str, tmp_path: Path) -> None:
+async def test_the_key_of_tokens_is_rotated_beside_workers(
+    stage: Stage, commands: Commands, database_url: str, tmp_path: Path
+) -> None:
     people = await stage.people(250)
     stage.fake.rotate, stage.fake.grace = "always", False
     stage.now += HOUR
@@ -243,7 +247,7 @@ async def test_the_key_of_tokens_is_rotated_beside_workers(stage: Stage, databas
         "database": {"url": database_url}, "listening": {"token_key": NEW_KEY, "old_token_keys": [TOKEN_KEY]},
     }))  # fmt: skip
     # a worker works on meanwhile, and the refresh token of everybody whom it polls changes
-    rotating = asyncio.create_task(command("keys", "rotate-tokens", folder=tmp_path))
+    rotating = asyncio.create_task(commands("keys", "rotate-tokens", folder=tmp_path))
     both = ListeningSettings(token_key=NEW_KEY, old_token_keys=[TOKEN_KEY])  # type: ignore[arg-type,list-item]
     newer = stage.another()
     newer.settings = both
@@ -254,7 +258,7 @@ async def test_the_key_of_tokens_is_rotated_beside_workers(stage: Stage, databas
     new = Vault(ListeningSettings(token_key=NEW_KEY))  # type: ignore[arg-type]
     for row in await stage.connection.fetch("select access_token, refresh_token from listeners"):
         assert new.decrypt(row["access_token"]) and new.decrypt(row["refresh_token"])
-    assert "encrypted the tokens of 0 people" in (await command("keys", "rotate-tokens", folder=tmp_path)).out
+    assert "encrypted the tokens of 0 people" in (await commands("keys", "rotate-tokens", folder=tmp_path)).out
     with pytest.raises(Undecipherable):
         stage.listening.vault.decrypt((await stage.row(people[0]))["refresh_token"])
     stage.now += HOUR
@@ -265,8 +269,8 @@ async def test_the_key_of_tokens_is_rotated_beside_workers(stage: Stage, databas
     (tmp_path / "indexer.toml").write_text(toml({
         "database": {"url": database_url}, "listening": {"token_key": "a third key that has encrypted nothing"},
     }))  # fmt: skip
-    told = await command("keys", "rotate-tokens", folder=tmp_path)
+    told = await commands("keys", "rotate-tokens", folder=tmp_path)
     assert told.code == 2 and "the tokens of 250 people were encrypted by a key" in told.err
     (tmp_path / "indexer.toml").write_text(toml({"database": {"url": database_url}}))
-    told = await command("keys", "rotate-tokens", folder=tmp_path)
+    told = await commands("keys", "rotate-tokens", folder=tmp_path)
     assert told.code == 2 and "listening.token_key" in told.err

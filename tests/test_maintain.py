@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -268,15 +268,6 @@ class Tidy:
     chores = (Chore("first", badly), Chore("second", well), Chore("third", slowly))
     async def apply(self, tx, blocks): ...
 """
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    running = Commands(tmp_path_factory.mktemp("commands"))
-    try:
-        yield running
-    finally:
-        running.close()
 
 
 @pytest.fixture

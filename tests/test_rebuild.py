@@ -590,10 +590,8 @@ def test_the_selects_say_what_the_hooks_do() -> None:
     assert set(DAMAGE) == set(COLUMNS) - {"plays", "notification"}
 
 
-async def test_the_commands(bench: Bench, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+async def test_the_commands(bench: Bench, tmp_path: Path, commands: Commands) -> None:
     """Exit codes, facts on stdout, progress on stderr."""
-    commands = Commands(tmp_path)
-    request.addfinalizer(commands.close)
     blocks = some_blocks(random.Random(1), 6)
     await bench.apply(*cut(blocks, ()))
     (tmp_path / "indexer.toml").write_text(toml(settings(bench.url, "http://127.0.0.1:1")))

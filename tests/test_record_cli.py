@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,6 @@ from test_recorded import answer
 from indexer.fakechain import FakeNode
 
 Run = Callable[..., Awaitable[Ended]]
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    running = Commands(tmp_path_factory.mktemp("commands"))
-    try:
-        yield running
-    finally:
-        running.close()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -29,15 +29,6 @@ SKIP = {name: {"on_error": "skip"} for name in ("plays", "aggregates", "mileston
 @pytest.fixture
 def enter(database_url: str, connection: asyncpg.Connection) -> Enter:
     return partial(world, database_url, connection)
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    running = Commands(tmp_path_factory.mktemp("commands"))
-    try:
-        yield running
-    finally:
-        running.close()
 
 
 @pytest.fixture
