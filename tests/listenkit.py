@@ -83,7 +83,7 @@ class Stage:
 def spotify_settings(url: str, **more: Any) -> SpotifySettings:
     given = {
         "base_url": url, "accounts_url": url, "client_id": FakeSpotifyPeople.client_id,
-        "client_secret": FakeSpotifyPeople.key, "timeout_seconds": 1, **more,
+        "client_secret": FakeSpotifyPeople.key, "timeout_seconds": 3, **more,
     }  # fmt: skip
     return SpotifySettings(**given)
 

@@ -242,7 +242,7 @@ BROKEN = {
     "NETWORK: spotify: HTTP 500 to recent plays": Fault("status", None, status=500),
     "NETWORK: spotify: HTTP 503 to recent plays": Fault("status", None, status=503),
     "NETWORK: spotify: no answer to recent plays (ServerDisconnectedError)": Fault("drop", None),
-    "NETWORK: spotify: no answer to recent plays within 1 s": Fault("slow", None, seconds=1.3),
+    "NETWORK: spotify: no answer to recent plays within 3 s": Fault("slow", None, seconds=3.4),
     "NETWORK: spotify: no answer to recent plays (ClientPayloadError)": Fault("cut", None),
     "UNKNOWN: spotify: the answer to recent plays can't be read": "not_json",
     "UNKNOWN: spotify: the answer to recent plays can't be read ": Fault("html", None),

@@ -152,9 +152,9 @@ class TestEnds:
         ]
 
     async def test_later_jobs_wait_for_their_time(self, database_url: str, connection: asyncpg.Connection) -> None:
-        await queue.enqueue(connection, "test.told", {"name": "later"}, after=timedelta(seconds=0.7))
-        await queue.enqueue(connection, "test.told", {"name": "now"}, priority=-5)
         async with working(database_url):
+            await queue.enqueue(connection, "test.told", {"name": "later"}, after=timedelta(seconds=0.7))
+            await queue.enqueue(connection, "test.told", {"name": "now"}, priority=-5)
             await emptied(connection)
         rows = await connection.fetch("select name, at from seen order by id")
         assert [row["name"] for row in rows] == ["now", "later"]
