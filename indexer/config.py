@@ -332,7 +332,7 @@ class ListeningSettings(Section):
     founding_cap: int = Field(default=100, ge=0, description="places; who comes later is on the waitlist")
     session_days: float = Field(default=30.0, gt=0, le=400, description="how long a sign-in lasts")
     batch_size: int = Field(default=50, ge=1, le=50, description="people whom one job archives")
-    people_at_once: int = Field(default=25, ge=1, le=200, description="of these, at the same time")
+    people_at_once: int = Field(default=50, ge=1, le=200, description="people whom a process polls at the same time")
     person_seconds: Seconds = Field(default=60.0, description="time that one person's poll may take in all")
     breaker_failures: int = Field(
         default=10, ge=1, description="so many people in a row for whom Spotify can't be reached: it rests"

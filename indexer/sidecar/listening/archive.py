@@ -94,7 +94,6 @@ class _Batch:
         self.rest_seconds: float | None = None
         self.rest_reason = ""
         self._trouble: Exception | None = None
-        self._turns = asyncio.Semaphore(self.settings.people_at_once)
         # one person's rows that Postgres does not take are that person's failure alone
         self._storing = Together(self._store, alone=lambda error: not isinstance(error, DatabaseUnavailable))
 
@@ -118,7 +117,7 @@ class _Batch:
         return [*ended, *skipped]
 
     async def _in_turn(self, person: Claim) -> Outcome:
-        async with self._turns:
+        async with self.listening.turns:
             if self._stopped:
                 return Outcome(person.listener, "skipped", "spotify_rests")
             try:

@@ -89,7 +89,9 @@ async def hourly(context: JobContext, payload: dict[str, Any]) -> None:
     context.log.info("people due", people=people, batches=batches)
 
 
-@job(KIND, concurrency=4, retries=5, timeout_seconds=900)
+# No limit over all workers: one that has died would count until its heartbeat is lost, and the hour be over. How many
+# people are polled at the same time is each process's own limit.
+@job(KIND, retries=5, timeout_seconds=900)
 async def archive(context: JobContext, payload: dict[str, Any]) -> None:
     """Archive a batch. Where Spotify wants a rest, the batch waits for its end and goes on with who is left."""
     try:

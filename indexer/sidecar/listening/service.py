@@ -32,6 +32,7 @@ class Listening:
     ) -> None:
         self.settings, self.database, self.spotify, self.clock = settings, database, spotify, clock
         self.breaker = Breaker(settings.breaker_failures, settings.breaker_seconds)
+        self.turns = asyncio.Semaphore(settings.people_at_once)
         self.refreshing: set[asyncio.Task[Any]] = set()
 
     async def settle(self) -> None:
