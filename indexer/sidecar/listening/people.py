@@ -100,6 +100,10 @@ def _expiry(tokens: Tokens, now: datetime) -> datetime:
     return now + timedelta(seconds=tokens.expires_in)
 
 
+async def exists(connection: Connection, listener: UUID) -> bool:
+    return bool(await connection.fetchval("select exists (select from listeners where id = $1)", listener))
+
+
 async def remove(connection: Connection, listener: UUID) -> bool:
     """Delete a person with all that was archived, and free the place; False where there is no such person."""
     return bool(
