@@ -89,7 +89,7 @@ class Frame:
             return _refused(request, refused.status, refused.failure, refused.headers)
         except BrokenOff as broken:
             if not broken.by_client:
-                text = _without_secrets(request, "".join(traceback.format_exception(broken.__cause__)))
+                text = _without_secrets(request, _traceback(broken.__cause__))
                 id_ = request[REQUEST_ID]
                 log.get().error("answer broken off", route=template(request), request_id=id_, traceback=text)
             raise
@@ -100,8 +100,8 @@ class Frame:
             # Our trouble, which passes: a 500, so that it never looks like "not found", and worth asking again.
             self._warned.warning("database unavailable", error=_without_secrets(request, str(error)))
             return _internal(request, {"Retry-After": _RETRY_SECONDS})
-        except Exception:
-            text = _without_secrets(request, traceback.format_exc())
+        except Exception as error:
+            text = _without_secrets(request, _traceback(error))
             log.get().error("request failed", route=template(request), request_id=request[REQUEST_ID], traceback=text)
             return _internal(request, {})
         return response
@@ -173,6 +173,17 @@ def _note(request: web.Request, status: int, seconds: float) -> None:
         account=str(caller.account) if caller else None, key=caller.key if caller else None,
         **({"listener": str(request[LISTENER])} if LISTENER in request else {}),
     )  # fmt: skip
+
+
+def _traceback(error: BaseException | None) -> str:
+    """An error with what it came from, but for Postgres' details: they quote the row, with whoever is in it."""
+    text = "".join(traceback.format_exception(error))
+    while error is not None:
+        detail = getattr(error, "detail", None)
+        if isinstance(detail, str) and detail:
+            text = text.replace(detail, _MASK)
+        error = error.__cause__ or error.__context__
+    return text
 
 
 def _without_secrets(request: web.Request, text: str) -> str:

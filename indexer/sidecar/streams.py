@@ -9,8 +9,9 @@ from contextlib import aclosing
 from aiohttp import web
 from multidict import CIMultiDict
 
-# A client that takes no piece for so long is gone, or means to keep us busy.
+# A client that takes no piece for so long, or the whole no sooner, is gone or means to keep us busy.
 _PIECE_SECONDS = 30.0
+_WHOLE_SECONDS = 900.0
 
 
 class BrokenOff(Exception):
@@ -32,11 +33,12 @@ async def streamed(
         piece = await anext(pieces, b"")
         response = web.StreamResponse(status=status, headers=headers)
         await response.prepare(request)
-        sending = False
+        time, sending = asyncio.get_running_loop().time, False
+        ends = time() + _WHOLE_SECONDS
         try:
             while piece:
                 sending = True
-                async with asyncio.timeout(_PIECE_SECONDS):
+                async with asyncio.timeout_at(min(time() + _PIECE_SECONDS, ends)):
                     await response.write(piece)
                 sending = False
                 piece = await anext(pieces, b"")

@@ -59,8 +59,8 @@ async def _account(connection: Connection, listener: UUID) -> bytes:
         """
         select 'account' as type, id, spotify_id, email, display_name, tier, created_at, is_active, last_polled_at,
                consecutive_failures, last_failure_type, last_failed_at, cooling_until, rate_limited_until,
-               (select count(*) from play_events where listener = id) as plays,
-               (select count(*) from play_rejects where listener = id) as unreadable_plays
+               (select count(*) from play_events where listener = listeners.id) as plays,
+               (select count(*) from play_rejects where listener = listeners.id) as unreadable_plays
         from listeners where id = $1
         """,
         listener,

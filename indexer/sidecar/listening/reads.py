@@ -78,9 +78,7 @@ async def me_history(call: Call, query: Page) -> History:
     return History(plays=[PlayTold(played_at=row["played_at"], track=_track(row)) for row in page], next=cursor)
 
 
-async def history(
-    connection: Connection, listener: UUID, place: Older | None, limit: int
-) -> Sequence[asyncpg.Record]:
+async def history(connection: Connection, listener: UUID, place: Older | None, limit: int) -> Sequence[asyncpg.Record]:
     """Plays before `place`, the newest first, and one more than `limit`."""
     return await connection.fetch(
         """
