@@ -331,6 +331,7 @@ class ListeningSettings(Section):
     )
     founding_cap: int = Field(default=100, ge=0, description="places; who comes later is on the waitlist")
     session_days: float = Field(default=30.0, gt=0, le=400, description="how long a sign-in lasts")
+    visits_per_minute: int = Field(default=60, ge=1, description="requests of sign-in from one address")
     batch_size: int = Field(default=50, ge=1, le=50, description="people whom one job archives")
     people_at_once: int = Field(default=50, ge=1, le=200, description="people whom a process polls at the same time")
     person_seconds: Seconds = Field(default=60.0, description="time that one person's poll may take in all")

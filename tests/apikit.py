@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -118,9 +118,13 @@ class Api:
 
 @asynccontextmanager
 async def serving_api(
-    database_url: str, routes: Sequence[Route] = (), resources: Mapping[str, Any] = {}, **sections: Any
-) -> AsyncIterator[Api]:
-    """Serve these routes on the test's database, with its [sidecar] tables; `sections` are laid over the settings."""
+    database_url: str, routes: Sequence[Route] = (),
+    resources: Mapping[str, Any] | Callable[[Settings, Database], Mapping[str, Any]] | None = None, **sections: Any,
+) -> AsyncIterator[Api]:  # fmt: skip
+    """Serve these routes on the test's database, with its [sidecar] tables; `sections` are laid over the settings.
+
+    `resources` that need the settings or the database are made of them.
+    """
     base: dict[str, dict[str, Any]] = {
         "database": {"url": database_url, "connect_timeout_seconds": 3},
         "sidecar": {"port": 0},
@@ -135,7 +139,8 @@ async def serving_api(
     await migrate(connection, [("sidecar", sql_folder("sidecar"))])
     await connection.close()
     async with Database(database_url, settings.database).opened() as database:
-        application = create_app(settings, database, resources, routes)
+        made = resources(settings, database) if callable(resources) else resources or {}
+        application = create_app(settings, database, made, routes)
         async with serving(application, settings.sidecar) as url, aiohttp.ClientSession() as session:
             api = Api(url, session, database, settings, stream)
             api.ann, api.bob = await api.person("ann@example.org"), await api.person("bob@example.org")

@@ -52,6 +52,9 @@ def overheard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         module = sys.modules.get(f"indexer.sidecar.{name}")
         if module is not None:
             monkeypatch.setattr(module, "failed", _kept(module.failed, said))
+    pages = sys.modules.get("indexer.sidecar.pages")
+    if pages is not None:
+        monkeypatch.setattr(pages, "message", _kept_page(pages.message, said))
     yield said
 
 
@@ -60,5 +63,14 @@ def _kept(failed: Any, said: list[str]) -> Any:
         response = failed(status, failure, headers)
         said.append(response.text)
         return response
+
+    return answered
+
+
+def _kept_page(message: Any, said: list[str]) -> Any:
+    def answered(*texts: str, **named: Any) -> bytes:
+        page: bytes = message(*texts, **named)
+        said.append(page.decode())
+        return page
 
     return answered

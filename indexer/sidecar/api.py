@@ -6,22 +6,25 @@ import asyncio
 import logging
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 import msgspec
 from aiohttp import HttpVersion11, hdrs, web
+from multidict import CIMultiDict
 from pydantic import BaseModel, ConfigDict
 
 from indexer import log, metrics
 from indexer.config import Settings, SidecarSettings
 from indexer.db import Database
 from indexer.errors import ConfigError, IndexerError
-from indexer.sidecar import checks, openapi
+from indexer.sidecar import checks, openapi, pages
 from indexer.sidecar.auth import Auth
-from indexer.sidecar.middleware import CALLER, REQUEST_ID, Frame, failed
-from indexer.sidecar.routes import Answer, Call, Failure, Refused, Reply, Route, route
+from indexer.sidecar.listening.session import cookie_name
+from indexer.sidecar.middleware import CALLER, LISTENER, PAGE, REQUEST_ID, Frame, failed
+from indexer.sidecar.routes import HTML, Answer, Call, Cookie, Failure, Refused, Reply, Route, route
+from indexer.sidecar.streams import streamed
 from indexer.version import version
 
 _BODY_SECONDS = 30.0
@@ -59,8 +62,8 @@ def create_app(
 
     `live` and `ready` tell what /livez and /readyz answer: by default that the process answers, and the database.
     """
-    every = _with_own(tuple(routes), live or _alive, ready or (lambda: _database_answers(database)))
-    frame, auth = Frame(settings.sidecar.cors_origins), Auth(settings, database)
+    every = _with_own(settings, tuple(routes), live or _alive, ready or (lambda: _database_answers(database)))
+    frame, auth = Frame(settings.sidecar.cors_origins), Auth(settings, database, resources.get("listening"))
     # What a route itself lets in may be more than this, which is for those that read a body in their own way.
     application = web.Application(middlewares=[frame.around], client_max_size=settings.sidecar.body_bytes)
     call = Call(database, settings, resources, "", None)
@@ -70,6 +73,7 @@ def create_app(
     async def close(_: web.Application) -> None:
         await auth.close()
 
+    application.on_response_prepare.append(frame.dress)
     application.on_cleanup.append(close)
     return application
 
@@ -91,11 +95,32 @@ class _Handler:
         self._route, self._auth, self._call = one, auth, call
         self._body_bytes = one.body_bytes or call.settings.sidecar.body_bytes
 
-    async def handle(self, request: web.Request) -> web.Response:
+    async def handle(self, request: web.Request) -> web.StreamResponse:
         one = self._route
+        if one.page:
+            request[PAGE] = True
+        given, renewal = await self._call_of(request)
+        return await self._answer(request, await one.function(given, **await self._parts(request)), renewal)
+
+    async def _call_of(self, request: web.Request) -> tuple[Call, Cookie | None]:
+        """Who calls, and the session's renewal where that is due; raises Refused."""
+        one, id_ = self._route, request[REQUEST_ID]
+        call = msgspec.structs.replace(
+            self._call, request_id=id_, log=log.get().bind(request_id=id_, route=one.path),
+            cookies=request.cookies if one.page or one.access in ("listener", "visitor") else {},
+        )  # fmt: skip
+        if one.access == "listener":
+            session, renewal = await self._auth.listener(request, changes=one.changes)
+            request[LISTENER] = session.listener
+            return msgspec.structs.replace(call, person=session.listener), renewal
         caller = await self._auth.caller(request, one.access)
         if caller is not None:
             request[CALLER] = caller
+        return msgspec.structs.replace(call, caller=caller), None
+
+    async def _parts(self, request: web.Request) -> dict[str, BaseModel]:
+        """What was sent, checked; raises Refused."""
+        one = self._route
         parts: dict[str, BaseModel] = {}
         if "path" in one.parts:
             parts["path"] = checks.path(one.parts["path"], request.match_info)
@@ -103,22 +128,31 @@ class _Handler:
             parts["query"] = checks.query(one.parts["query"], request.query.items())
         if "body" in one.parts:
             parts["body"] = checks.body(one.parts["body"], await self._read(request))
-        id_ = request[REQUEST_ID]
-        logger = log.get().bind(request_id=id_, route=one.path)
-        call = msgspec.structs.replace(self._call, request_id=id_, log=logger, caller=caller)
-        return self._answer(await one.function(call, **parts))
+        return parts
 
-    def _answer(self, given: BaseModel | Reply) -> web.Response:
+    async def _answer(
+        self, request: web.Request, given: BaseModel | Reply, renewal: Cookie | None
+    ) -> web.StreamResponse:
         reply = given if isinstance(given, Reply) else Reply(given, self._route.status)
-        declared = self._route.answers.get(reply.status)
-        if isinstance(declared, str) and isinstance(reply.value, bytes):
-            return web.Response(
-                body=reply.value, status=reply.status, headers={**reply.headers, "Content-Type": declared}
-            )
-        if declared is None or isinstance(declared, str) or not isinstance(reply.value, declared):
-            raise TypeError(f"{self._route.path} answers {reply.status} with what it does not declare")
-        body = reply.value.__pydantic_serializer__.to_json(reply.value, by_alias=True)
-        return web.Response(body=body, status=reply.status, content_type="application/json", headers=reply.headers)
+        value, status, answers = reply.value, reply.status, self._route.answers
+        declared = answers.get(status)
+        headers = CIMultiDict(pages.HEADERS if declared == HTML else {})
+        headers.update(reply.headers)
+        # who has just signed out, or in, does not get the old session back
+        cookies = {one.name: one for one in (renewal, *reply.cookies) if one is not None}
+        headers.extend([("Set-Cookie", one.header) for one in cookies.values()])
+        headers["Content-Type"] = declared if isinstance(declared, str) else "application/json"
+        if isinstance(declared, str) and isinstance(value, bytes):
+            return web.Response(body=value, status=status, headers=headers)
+        if isinstance(declared, str) and isinstance(value, AsyncGenerator):
+            return await streamed(request, value, status, headers)
+        if status in answers and declared is None and value is None:
+            del headers["Content-Type"]
+            return web.Response(status=status, headers=headers)
+        if not isinstance(declared, type) or not isinstance(value, BaseModel) or not isinstance(value, declared):
+            raise TypeError(f"{self._route.path} answers {status} with what it does not declare")
+        body = value.__pydantic_serializer__.to_json(value, by_alias=True)
+        return web.Response(body=body, status=status, headers=headers)
 
     async def _read(self, request: web.Request) -> bytes:
         """The body, at most so long; raises Refused: 400, 408, 413 or 415.
@@ -147,7 +181,7 @@ class _Handler:
 # -- the routes that every sidecar has -----------------------------------------------------------------------------
 
 
-def _with_own(routes: tuple[Route, ...], live: LiveProbe, ready: ReadyProbe) -> tuple[Route, ...]:
+def _with_own(settings: Settings, routes: tuple[Route, ...], live: LiveProbe, ready: ReadyProbe) -> tuple[Route, ...]:
     """The routes with the probes and the description of them all."""
 
     @route("GET", "/livez", answers={200: Live, 503: Live}, access="none")
@@ -172,7 +206,7 @@ def _with_own(routes: tuple[Route, ...], live: LiveProbe, ready: ReadyProbe) -> 
         """This description."""
         return Reply(document, 200)
 
-    @route("GET", "/docs", answers={200: "text/html; charset=utf-8"}, access="none")
+    @route("GET", "/docs", answers={200: HTML}, access="none")
     async def docs(call: Call) -> Reply:
         """This description, for people."""
         return Reply(page, 200, {"Content-Security-Policy": _PAGE_POLICY})
@@ -181,7 +215,7 @@ def _with_own(routes: tuple[Route, ...], live: LiveProbe, ready: ReadyProbe) -> 
     twice = [name for name, count in Counter(one.function.__name__ for one in every).items() if count > 1]
     if twice:
         raise TypeError(f"two routes have a function called {twice[0]}, and its name is their id in the description")
-    document = msgspec.json.encode(openapi.document(every, version()))
+    document = msgspec.json.encode(openapi.document(every, version(), cookie_name(settings.listening)))
     page = openapi.page(every).encode()
     return every
 

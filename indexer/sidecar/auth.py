@@ -1,10 +1,11 @@
-"""Who calls: an account by its API key or bearer token, or the scheduler by the cron secret."""
+"""Who calls: an account by its API key or bearer token, the scheduler by the cron secret, a listener by a session."""
 
 from __future__ import annotations
 
 import hmac
 import math
 from datetime import UTC, datetime
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from aiohttp import web
@@ -14,37 +15,53 @@ from indexer.db import Database
 from indexer.sidecar import keys
 from indexer.sidecar.keys import Key
 from indexer.sidecar.limits import Buckets, Recent, remote_address
-from indexer.sidecar.routes import Access, Caller, Refused
+from indexer.sidecar.listening import people, session
+from indexer.sidecar.listening.service import Listening
+from indexer.sidecar.listening.session import Session
+from indexer.sidecar.routes import Access, Caller, Cookie, Refused
 from indexer.sidecar.tokens import Tokens
 
 EITHER = "Exactly one of x-api-key or Authorization must be provided"
 # One text for a key that is unknown, expired or no key at all: which of these it is concerns nobody.
 WRONG = "The API key or the token is not valid"
 BUSY = "Too many requests"
+SIGNED_OUT = "Sign in with Spotify to see what is yours"
+CROSS_SITE = "Another site's page may not change what is yours"
 
 # What was looked up is trusted for so long: a revoked key, or a deleted account, is refused after that at the latest.
 _TRUSTED_SECONDS = 5.0
 _CHALLENGE = {"WWW-Authenticate": "Bearer"}
+# What a person's own browser can come to; an export alone takes a while.
+_LISTENER_PER_MINUTE, _LISTENER_BURST = 300, 100
+# as browsers say where a request comes from: none is the person's own doing
+_OWN_SITE = ("same-origin", "none")
 
 
 class Auth:
     """Decides on each request. An address that failed too often gets no query of the database for a while."""
 
-    def __init__(self, settings: Settings, database: Database) -> None:
-        self._settings, self._database = settings, database
+    def __init__(self, settings: Settings, database: Database, listening: Listening | None = None) -> None:
+        self._settings, self._database, self._listening = settings, database, listening
         self._tokens = Tokens(settings.auth)
         self._keys: Recent[str, Key] = Recent(_TRUSTED_SECONDS)
         self._accounts: Recent[UUID, bool] = Recent(_TRUSTED_SECONDS)
         self._requests: Buckets[UUID] = Buckets(settings.sidecar.requests_per_minute, settings.sidecar.burst)
         failures = settings.sidecar.failures_per_minute
         self._failures: Buckets[str] = Buckets(failures, failures)
+        self._people: Buckets[UUID] = Buckets(_LISTENER_PER_MINUTE, _LISTENER_BURST)
+        visits = settings.listening.visits_per_minute
+        self._visits: Buckets[str] = Buckets(visits, visits)
 
     async def close(self) -> None:
         await self._tokens.close()
 
     async def caller(self, request: web.Request, access: Access) -> Caller | None:
-        """Who calls, None where nobody is asked. Raises Refused: 401, 429, or 500 where no cron secret is set."""
+        """The account that calls, None where no account is. Raises Refused: 401, 429, or 500 without a cron secret."""
         if access == "none":
+            return None
+        if access == "visitor":
+            if wait := self._visits.take(self._address(request)):
+                raise _busy(wait)
             return None
         if access == "cron":
             self._check_cron(request)
@@ -60,6 +77,33 @@ class Auth:
         if wait := self._requests.take(caller.account):
             raise _busy(wait)
         return caller
+
+    async def listener(self, request: web.Request, *, changes: bool) -> tuple[Session, Cookie | None]:
+        """Whose session came, and its renewal where it is due. No key and no token counts here.
+
+        Raises Refused: 401, 429, or 403 where `changes` are asked for by the page of another site.
+        """
+        found = session.read(self._listening, request.cookies) if self._listening is not None else None
+        if found is None or self._listening is None:
+            raise Refused(401, SIGNED_OUT)
+        if changes and not self._same_site(request):
+            raise Refused(403, CROSS_SITE)
+        if wait := self._people.take(found.listener):
+            raise _busy(wait)
+        async with self._database.acquire() as connection:
+            if not await people.exists(connection, found.listener):
+                raise Refused(401, SIGNED_OUT)
+        return found, session.renewal(self._listening, found)
+
+    def _same_site(self, request: web.Request) -> bool:
+        """Whether nothing says that the request comes from elsewhere; SameSite has kept such cookies back already."""
+        site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
+        if site is not None and site not in _OWN_SITE:
+            return False
+        if origin is None or (origin == "null" and site is not None):  # a page may keep its origin to itself
+            return True
+        own = urlsplit(self._settings.listening.public_url)
+        return origin == f"{own.scheme}://{own.netloc}" or urlsplit(origin).netloc == request.host
 
     async def _by_key(self, text: str, trusted_only: bool) -> Caller | None:
         id_ = keys.id_of(text)

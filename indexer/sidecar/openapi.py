@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from pydantic.json_schema import models_json_schema
 
 from indexer.sidecar.middleware import InternalFailure
-from indexer.sidecar.routes import Failure, Model, Route
+from indexer.sidecar.routes import HTML, Failure, Model, Route
 
 Mode = Literal["validation", "serialization"]
 Schemas = dict[tuple[Model, Mode], dict[str, Any]]
@@ -20,6 +20,8 @@ _REFERENCE = "#/components/schemas/{model}"
 _SECURITY: dict[str, list[dict[str, list[str]]]] = {
     "account": [{"apiKey": []}, {"bearer": []}],
     "cron": [{"cron": []}],
+    "listener": [{"session": []}],
+    "visitor": [],
     "none": [],
 }
 _SCHEMES = {
@@ -27,10 +29,11 @@ _SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "description": "its sub is the account"},
     "cron": {"type": "http", "scheme": "bearer", "description": "the secret of the internal routes"},
 }
+_SESSION = {"type": "apiKey", "in": "cookie", "description": "a listener's; begun by GET /connect/spotify"}
 
 
-def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
-    """The OpenAPI document of these routes."""
+def document(routes: Sequence[Route], version: str, cookie: str) -> dict[str, Any]:
+    """The OpenAPI document of these routes; `cookie` is the name of a listener's session."""
     schemas, definitions = _schemas(routes)
     paths: dict[str, dict[str, Any]] = {}
     for one in routes:
@@ -39,7 +42,10 @@ def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "indexer", "version": version, "summary": "Jobs and what they have measured"},
         "paths": paths,
-        "components": {"schemas": definitions, "securitySchemes": _SCHEMES},
+        "components": {
+            "schemas": definitions,
+            "securitySchemes": {**_SCHEMES, "session": {**_SESSION, "name": cookie}},
+        },
     }
 
 
@@ -49,7 +55,7 @@ def _schemas(routes: Sequence[Route]) -> tuple[Schemas, dict[str, Any]]:
     for one in routes:
         wanted.update(dict.fromkeys((model, "validation") for name, model in one.parts.items() if name == "body"))
         wanted.update(
-            dict.fromkeys((model, "serialization") for model in one.answers.values() if not isinstance(model, str))
+            dict.fromkeys((model, "serialization") for model in one.answers.values() if isinstance(model, type))
         )
     found, definitions = models_json_schema(list(wanted), ref_template=_REFERENCE)
     return cast(Schemas, found), definitions.get("$defs", {})
@@ -101,10 +107,16 @@ def _written_out(schema: Any, definitions: dict[str, Any]) -> Any:
 
 
 def _response(one: Route, status: int, schemas: Schemas) -> dict[str, Any]:
-    answer = one.answers.get(status)
+    told = status in one.answers
+    answer = one.answers[status] if told else (HTML if one.page else None)
     response: dict[str, Any] = {"description": HTTPStatus(status).phrase}
+    if status == 429:
+        response["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
     if isinstance(answer, str):
         response["content"] = {answer: {"schema": {"type": "string"}}}
+        return response
+    if told and answer is None:
+        response["headers"] = {"Location": {"schema": {"type": "string", "format": "uri-reference"}}}
         return response
     if answer is None:
         answer = InternalFailure if status == 500 else Failure
@@ -114,8 +126,6 @@ def _response(one: Route, status: int, schemas: Schemas) -> dict[str, Any]:
     else:
         schema = schemas[answer, "serialization"]
     response["content"] = {"application/json": {"schema": schema}}
-    if status == 429:
-        response["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
     return response
 
 
@@ -144,6 +154,8 @@ table {{ border-collapse: collapse; }} td, th {{ text-align: left; padding: .1re
 _ACCESS = {
     "account": "<code>x-api-key</code> or <code>Authorization: Bearer</code>, exactly one",
     "cron": "<code>Authorization: Bearer</code> with the cron secret",
+    "listener": "the cookie of a listener's session, and nothing else",
+    "visitor": "open, for one address only so often",
     "none": "open",
 }
 

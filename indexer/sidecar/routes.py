@@ -14,8 +14,9 @@ The function takes the call and what it needs of `body`, `query` and `path`, who
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
+from http.cookies import Morsel
 from typing import Any, Literal, NoReturn, TypeAlias, get_type_hints
 from uuid import UUID
 
@@ -25,8 +26,10 @@ from pydantic import BaseModel, ConfigDict
 from indexer.config import Settings
 from indexer.db import Database
 
-Access: TypeAlias = Literal["account", "cron", "none"]
+Access: TypeAlias = Literal["account", "cron", "listener", "visitor", "none"]
 Model: TypeAlias = type[BaseModel]
+
+HTML = "text/html; charset=utf-8"
 
 _PARTS = frozenset({"body", "query", "path"})
 
@@ -41,6 +44,12 @@ class Query(BaseModel):
     """Base of the parameters behind a `?` and of those in a path, which are all texts at first."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class Link(Query):
+    """Base of the parameters of a page: what others put behind its address is passed over."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 class Answer(BaseModel):
@@ -72,12 +81,35 @@ class Refused(Exception):
         self.failure = Failure(error=failure) if isinstance(failure, str) else failure
 
 
-class Reply(msgspec.Struct, frozen=True):
-    """An answer with another status than the route's first, with headers, or of bytes as the route declares them."""
+class Cookie(msgspec.Struct, frozen=True):
+    """A cookie that no script reads and no other site's form or picture sends along; `seconds` 0 takes it back."""
 
-    value: BaseModel | bytes
+    name: str
+    value: str
+    seconds: int
+    path: str = "/"
+    secure: bool = True
+
+    @property
+    def header(self) -> str:
+        """As Set-Cookie has it."""
+        morsel: Morsel[str] = Morsel()
+        morsel.set(self.name, self.value, self.value)
+        morsel["path"], morsel["max-age"], morsel["samesite"] = self.path, str(self.seconds), "Lax"
+        morsel["httponly"], morsel["secure"] = True, self.secure
+        return morsel.OutputString()
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """An answer with another status than the route's first, with headers and cookies, or none of a model.
+
+    `value`: a model, bytes, a generator of bytes that are sent as they come, or None, each as the route declares it.
+    """
+
+    value: BaseModel | bytes | AsyncGenerator[bytes, None] | None
     status: int
     headers: Mapping[str, str] = {}
+    cookies: Sequence[Cookie] = ()
 
 
 class Caller(msgspec.Struct, frozen=True):
@@ -88,7 +120,10 @@ class Caller(msgspec.Struct, frozen=True):
 
 
 class Call(msgspec.Struct, frozen=True):
-    """What a route's function may use. `resources` are the providers' clients by name; `log` knows the request."""
+    """What a route's function may use. `resources` are the providers' clients by name; `log` knows the request.
+
+    `person` is whose session came, where access is "listener". `cookies` are there for pages and people's routes.
+    """
 
     database: Database
     settings: Settings
@@ -96,6 +131,8 @@ class Call(msgspec.Struct, frozen=True):
     request_id: str
     log: Any
     caller: Caller | None = None
+    person: UUID | None = None
+    cookies: Mapping[str, str] = {}
 
     @property
     def account(self) -> UUID:
@@ -103,6 +140,13 @@ class Call(msgspec.Struct, frozen=True):
         if self.caller is None:
             raise LookupError("this route is not open to accounts: declare access='account'")
         return self.caller.account
+
+    @property
+    def listener(self) -> UUID:
+        """Whose session it is: of what is archived, this person's alone may be told."""
+        if self.person is None:
+            raise LookupError("this route is not open to listeners: declare access='listener'")
+        return self.person
 
 
 Function: TypeAlias = Callable[..., Awaitable[BaseModel | Reply]]
@@ -115,10 +159,11 @@ class Route(msgspec.Struct, frozen=True):
     path: str
     function: Function
     access: Access
-    answers: Mapping[int, Model | str]
+    answers: Mapping[int, Model | str | None]
     refuses: Sequence[int]
     parts: Mapping[str, Model]
     body_bytes: int | None
+    page: bool
 
     @property
     def status(self) -> int:
@@ -134,25 +179,35 @@ class Route(msgspec.Struct, frozen=True):
         if "body" in self.parts:
             found.update((408, 413, 415))
         if self.access != "none":
-            found.update((401, 429))
+            found.update((429,) if self.access == "visitor" else (401, 429))
+        if self.access == "listener" and self.changes:
+            found.add(403)
         return frozenset(found)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it changes something, so that no other site's page may have the browser ask."""
+        return self.method != "GET"
 
 
 def route(
-    method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"], path: str, *, answers: Mapping[int, Model | str],
-    refuses: Sequence[int] = (), access: Access = "account", body_bytes: int | None = None,
+    method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"], path: str, *,
+    answers: Mapping[int, Model | str | None], refuses: Sequence[int] = (), access: Access = "account",
+    body_bytes: int | None = None, page: bool = False,
 ) -> Callable[[Function], Route]:  # fmt: skip
     """Make a route of `async def f(call, body, query, path)`, of which the last three are there where it takes them.
 
-    `answers`: by status the model, or the media type of bytes; the first is what a plain return gives. `refuses`: the
-    statuses of Refused, beside those of the frame (Route.statuses). `access`: an account's key or token, the cron
-    secret, or nobody is asked. `body_bytes`: the largest body, by default that of the settings.
+    `answers`: by status the model, the media type of bytes, or None for a redirect; the first is what a plain return
+    gives. `refuses`: the statuses of Refused, beside those of the frame (Route.statuses). `access`: an account's key
+    or token, the cron secret, a listener's session, or nobody is asked, of whom a visitor may come only so often.
+    `body_bytes`: the largest body, by default that of the settings. `page`: browsers open it themselves, so that its
+    errors are pages.
     """
 
     def make(function: Function) -> Route:
         hints = get_type_hints(function)
         parts = {name: hints[name] for name in hints if name in _PARTS}
-        made = Route(method, path, function, access, dict(answers), tuple(refuses), parts, body_bytes)
+        made = Route(method, path, function, access, dict(answers), tuple(refuses), parts, body_bytes, page)
         _check(made, set(hints) - _PARTS - {"return"})
         return made
 

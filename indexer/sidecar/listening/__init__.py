@@ -9,6 +9,7 @@
     schedule    the hourly jobs and the two routes of a scheduler
     session     who a browser belongs to
     connect     sign-in by Spotify
-    reads       history, top, export, deletion
+    reads       history, top, state, deletion
+    export      all of it, line by line
     page        a person's own page
 """

@@ -61,10 +61,13 @@ async def connect(
     )  # fmt: skip
     if listener is not None:
         return Connected(listener, new=True)
+    # one after the other: nobody is told a place that another is told as well, or that one who came earlier gets later
+    await connection.execute("select pg_advisory_xact_lock(hashtext('indexer.listener_waitlist'), 0)")
     place = await connection.fetchval(
         """
         with waiting as (
-            insert into listener_waitlist as known (spotify_id, email, created_at) values ($1, $2, $3)
+            insert into listener_waitlist as known (spotify_id, email, created_at)
+            select $1, $2, greatest($3, max(created_at) + interval '1 microsecond') from listener_waitlist
             on conflict (spotify_id) do update set email = excluded.email
             returning known.created_at
         )
@@ -98,6 +101,10 @@ async def _reconnect(
 
 def _expiry(tokens: Tokens, now: datetime) -> datetime:
     return now + timedelta(seconds=tokens.expires_in)
+
+
+async def exists(connection: Connection, listener: UUID) -> bool:
+    return bool(await connection.fetchval("select exists (select from listeners where id = $1)", listener))
 
 
 async def remove(connection: Connection, listener: UUID) -> bool:
