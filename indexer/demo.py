@@ -1,4 +1,4 @@
-"""`indexer demo`: an embedded Postgres, a local chain, plays arriving, the daemon, and a page to look at."""
+"""`indexer demo`: an embedded Postgres, a local chain, plays arriving, daemon and sidecar, and pages to look at."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from indexer import app, log
 from indexer.config import LogSettings, Settings, shown_url
 from indexer.db import Database
 from indexer.demochain import PLAY_REGISTRY, DemoChain, local_chain
+from indexer.demolisteners import DemoListeners, archived, demo_listeners
 from indexer.embedded import EmbeddedPostgres
 from indexer.errors import DatabaseUnavailable, UsageError
 from indexer.sources.choose import make_source
@@ -38,6 +39,7 @@ CORE_HOOKS = [
 ]  # fmt: skip
 NETWORKS = {"audius": "https://rpc.audius.co"}
 _PLAIN_SECONDS = 2.0
+_NEAR_BLOCKS = 3
 # how far back a real chain is followed by default
 _RECENT_BLOCKS = 1_000
 _RECENT_CORE_BLOCKS = 300
@@ -59,7 +61,8 @@ class Options(msgspec.Struct, frozen=True):
 class _Running:
     """What is shown once the daemon runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, listeners: DemoListeners | None) -> None:
+        self.listeners = listeners
         self.state: State | None = None
         self.url = ""
         self.ready = asyncio.Event()
@@ -94,37 +97,47 @@ async def _demo(options: Options) -> None:
         _print(f"Starting Postgres in {data_dir} ...")
         server = await stack.enter_async_context(EmbeddedPostgres(data_dir))
         _print(f"Postgres {server.version}; {chain.description}")
-        await _together(_settings(options, chain, server.dsn), chain, options.seconds)
+        listeners = None
+        if options.network is None and options.rpc is None:  # beside a real chain nothing is made up
+            listeners = await stack.enter_async_context(demo_listeners(fixed_port=options.port != 0))
+        await _together(_settings(options, chain, server.dsn, listeners), chain, listeners, options.seconds)
 
 
-def _settings(options: Options, chain: DemoChain, dsn: str) -> Settings:
+def _settings(options: Options, chain: DemoChain, dsn: str, listeners: DemoListeners | None) -> Settings:
     contract = {"name": "PlayRegistry", "address": chain.contract, "abi": PLAY_REGISTRY, "events": ["Played"]}
-    return Settings(
-        database={"url": dsn},
-        chain={
+    given: dict[str, Any] = {
+        "database": {"url": dsn},
+        "chain": {
             "name": "demo", "source": "evm" if chain.contract else "core",
             "endpoints": [{"url": chain.url, "ws": chain.ws_url, "name": chain.name}],
             "start_block": chain.start_block,
         },
-        contracts=[contract] if chain.contract else [],
-        hooks={"enabled": HOOKS if chain.contract else CORE_HOOKS},
-        http={"port": options.port},
-    )  # fmt: skip
+        "contracts": [contract] if chain.contract else [],
+        "hooks": {"enabled": HOOKS if chain.contract else CORE_HOOKS},
+        "http": {"port": options.port},
+    }  # fmt: skip
+    if listeners is not None:
+        given |= listeners.sections
+    return Settings(**given)
 
 
-async def _together(settings: Settings, chain: DemoChain, seconds: float | None) -> None:
+async def _together(
+    settings: Settings, chain: DemoChain, listeners: DemoListeners | None, seconds: float | None
+) -> None:
     """The daemon, the plays and the summary, until one fails, the time is over or we are cancelled."""
-    running = _Running()
+    running = _Running(listeners)
 
     def started(state: State, web: Web) -> None:
         running.state, running.url = state, web.url
         running.ready.set()
 
     tasks = [
-        asyncio.create_task(app.run(settings, started=started)),
+        asyncio.create_task(app.run(settings, started=started, beside=listeners.beside if listeners else None)),
         asyncio.create_task(chain.play()),
         asyncio.create_task(_show(settings, running)),
     ]
+    if listeners is not None:
+        tasks.append(asyncio.create_task(_announce(listeners, running)))
     try:
         done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -138,7 +151,7 @@ async def _together(settings: Settings, chain: DemoChain, seconds: float | None)
         if running.state is not None:
             with suppress(Exception):
                 async with asyncio.timeout(2):
-                    await _say_goodbye(settings)
+                    await _say_goodbye(settings, listeners is not None)
 
 
 @asynccontextmanager
@@ -189,6 +202,18 @@ async def _facts(connection: asyncpg.Connection[Any]) -> dict[str, Any]:
     return {"plays": plays, "tracks": tracks, "milestones": milestones, "top": top, "last": last}
 
 
+async def _announce(listeners: DemoListeners, running: _Running) -> None:
+    """Let people listen once the chain is caught up with, for both at once take longer; and tell where to look."""
+    await running.ready.wait()
+    assert running.state is not None
+    while running.state.cursor < max(1, running.state.heads.newest - _NEAR_BLOCKS):  # noqa: ASYNC110
+        await asyncio.sleep(0.1)
+    listeners.begin.set()
+    await listeners.ready.wait()
+    _print(f"Listening page: {listeners.url} (Connect with Spotify: a stand-in asks who you are)")
+    await asyncio.Event().wait()
+
+
 async def _show(settings: Settings, running: _Running) -> None:
     """The live summary: a picture on a terminal, a plain line now and then elsewhere."""
     console = Console()
@@ -232,11 +257,12 @@ def _picture(running: _Running, facts: dict[str, Any]) -> Group:
     for row in facts["last"]:
         last.add_row(f"{row['id']:,}", f"{row['threshold']:,}", f"{row['slot']:,}")
     tables.add_row(top, last)
-    hint = Text(f"Status page: {running.url}   Ctrl-C ends the demo", style="dim")
+    listening = f"   Listening page: {running.listeners.url}" if running.listeners else ""
+    hint = Text(f"Status page: {running.url}{listening}   Ctrl-C ends the demo", style="dim")
     return Group(Text(_line(running.state, facts)), tables, hint)
 
 
-async def _say_goodbye(settings: Settings) -> None:
+async def _say_goodbye(settings: Settings, listened: bool) -> None:
     """What was indexed, by nothing but the database."""
     database = Database(_dsn(settings), settings.database, name="indexer demo")
     connection = await database.connect()
@@ -245,8 +271,11 @@ async def _say_goodbye(settings: Settings) -> None:
         blocks = await connection.fetchval(
             "select number - start_block + 1 from indexer.cursor join indexer.chain on chain.id = cursor.chain"
         )
+        plays, people = await archived(connection) if listened else (0, 0)
     finally:
         connection.terminate()
+    if listened:
+        _print(f"Archived {plays:,} plays of {people} listeners.")
     _print(
         f"Indexed {blocks:,} blocks: {facts['plays']:,} plays of {facts['tracks']:,} tracks, "
         f"{facts['milestones']:,} milestones."

@@ -315,7 +315,7 @@ async def test_demo(tmp_path: Path) -> None:
     """Rows from nothing, on a simulated chain and (where there is one) on a real anvil."""
     kinds = ["simulated", *(["anvil"] if find_anvil() else [])]
     ended = await asyncio.gather(
-        *(command("demo", "--seconds", "8", "--chain", kind, "--port", "0", folder=tmp_path) for kind in kinds)
+        *(command("demo", "--seconds", "10", "--chain", kind, "--port", "0", folder=tmp_path) for kind in kinds)
     )
     for one in ended:
         assert one.code == 0, one
@@ -323,5 +323,7 @@ async def test_demo(tmp_path: Path) -> None:
         assert found, one.out
         blocks, plays, tracks, milestones = (int(number.replace(",", "")) for number in found.groups())
         assert blocks > 120 and plays > blocks and 100 < tracks <= 400 and milestones > 20
-        assert "Status page: http://127.0.0.1:" in one.out
+        assert "Status page: http://127.0.0.1:" in one.out and "Listening page: http://127.0.0.1:" in one.out
+        archived = re.search(r"Archived ([\d,]+) plays of 5 listeners", one.out)
+        assert archived and int(archived[1].replace(",", "")) > 1_000, one.out
         assert one.errors == [], one.err

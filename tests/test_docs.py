@@ -31,7 +31,7 @@ LAYERS = (
     "app",
     "testing pytest_plugin",
     "sidecar",
-    "status demochain",
+    "status demochain demolisteners",
     "demo",
     "cli cli_chain cli_recovery cli_jobs cli_keys cli_listeners",
 )

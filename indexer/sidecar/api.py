@@ -23,7 +23,7 @@ from indexer.sidecar import checks, openapi, pages
 from indexer.sidecar.auth import Auth
 from indexer.sidecar.listening.session import cookie_name
 from indexer.sidecar.middleware import CALLER, LISTENER, PAGE, REQUEST_ID, Frame, failed
-from indexer.sidecar.routes import HTML, Answer, Call, Cookie, Failure, Refused, Reply, Route, route
+from indexer.sidecar.routes import HTML, Answer, Call, Cookie, Failure, Form, Refused, Reply, Route, route
 from indexer.sidecar.streams import streamed
 from indexer.version import version
 
@@ -99,7 +99,12 @@ class _Handler:
         one = self._route
         if one.page:
             request[PAGE] = True
-        given, renewal = await self._call_of(request)
+        try:
+            given, renewal = await self._call_of(request)
+        except Refused as refused:
+            if refused.status != 401 or one.signed_out is None:
+                raise
+            return web.Response(status=303, headers={"Location": one.signed_out})
         return await self._answer(request, await one.function(given, **await self._parts(request)), renewal)
 
     async def _call_of(self, request: web.Request) -> tuple[Call, Cookie | None]:
@@ -127,7 +132,8 @@ class _Handler:
         if "query" in one.parts:
             parts["query"] = checks.query(one.parts["query"], request.query.items())
         if "body" in one.parts:
-            parts["body"] = checks.body(one.parts["body"], await self._read(request))
+            read = checks.form if issubclass(one.parts["body"], Form) else checks.body
+            parts["body"] = read(one.parts["body"], await self._read(request))
         return parts
 
     async def _answer(

@@ -16,7 +16,7 @@ from indexer.migrations import sql_folder
 from indexer.sidecar import drain, maintenance, measurements, reads
 from indexer.sidecar.api import Live, LiveProbe, Ready, ReadyProbe, create_app, serving
 from indexer.sidecar.jobs import load_jobs
-from indexer.sidecar.listening import connect
+from indexer.sidecar.listening import connect, page
 from indexer.sidecar.listening import reads as listening_reads
 from indexer.sidecar.listening import schedule as listening
 from indexer.sidecar.listening.service import Listening
@@ -33,7 +33,7 @@ __all__ = ["CANCEL_SECONDS", "beside", "run", "sidecar_lines"]
 # What the API answers, beside the probes and what describes it.
 ROUTES: tuple[Route, ...] = (
     *measurements.ROUTES, *reads.ROUTES, *maintenance.ROUTES, *listening.ROUTES, *connect.ROUTES,
-    *listening_reads.ROUTES,
+    *listening_reads.ROUTES, *page.ROUTES,
 )  # fmt: skip
 # Beside a daemon that a hook has halted nothing is waited for.
 _HALTED_DRAIN_SECONDS = 1.0

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin
+from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -58,6 +59,15 @@ def body(model: Model, raw: bytes) -> BaseModel:
     if b"\\u0000" in raw and _holds_nul(raw):
         raise Refused(400, "the body holds a NUL character, which Postgres can't keep")
     return _checked(model, lambda: model.model_validate_json(raw))
+
+
+def form(model: Model, raw: bytes) -> BaseModel:
+    """What a page's form sends (application/x-www-form-urlencoded) as its model; raises Refused(400)."""
+    try:
+        pairs = parse_qsl(raw.decode(), keep_blank_values=True, strict_parsing=bool(raw), max_num_fields=100)
+    except ValueError:
+        raise Refused(400, "the body is not that of a form") from None
+    return query(model, pairs)
 
 
 def query(model: Model, pairs: Iterable[tuple[str, str]]) -> BaseModel:

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from pydantic.json_schema import models_json_schema
 
 from indexer.sidecar.middleware import InternalFailure
-from indexer.sidecar.routes import HTML, Failure, Model, Route
+from indexer.sidecar.routes import HTML, Failure, Form, Model, Route
 
 Mode = Literal["validation", "serialization"]
 Schemas = dict[tuple[Model, Mode], dict[str, Any]]
@@ -72,7 +72,8 @@ def _operation(one: Route, schemas: Schemas) -> dict[str, Any]:
         "responses": {str(status): _response(one, status, schemas) for status in sorted(one.statuses)},
     }
     if "body" in one.parts:
-        content = {"application/json": {"schema": schemas[one.parts["body"], "validation"]}}
+        kind = "application/x-www-form-urlencoded" if issubclass(one.parts["body"], Form) else "application/json"
+        content = {kind: {"schema": schemas[one.parts["body"], "validation"]}}
         operation["requestBody"] = {"required": True, "content": content}
     return operation
 

@@ -40,6 +40,12 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
 
+class Form(BaseModel):
+    """Base of what a page's form sends: texts, as behind a `?`, but in the body."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
 class Query(BaseModel):
     """Base of the parameters behind a `?` and of those in a path, which are all texts at first."""
 
@@ -164,6 +170,7 @@ class Route(msgspec.Struct, frozen=True):
     parts: Mapping[str, Model]
     body_bytes: int | None
     page: bool
+    signed_out: str | None
 
     @property
     def status(self) -> int:
@@ -193,7 +200,7 @@ class Route(msgspec.Struct, frozen=True):
 def route(
     method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"], path: str, *,
     answers: Mapping[int, Model | str | None], refuses: Sequence[int] = (), access: Access = "account",
-    body_bytes: int | None = None, page: bool = False,
+    body_bytes: int | None = None, page: bool = False, signed_out: str | None = None,
 ) -> Callable[[Function], Route]:  # fmt: skip
     """Make a route of `async def f(call, body, query, path)`, of which the last three are there where it takes them.
 
@@ -201,13 +208,13 @@ def route(
     gives. `refuses`: the statuses of Refused, beside those of the frame (Route.statuses). `access`: an account's key
     or token, the cron secret, a listener's session, or nobody is asked, of whom a visitor may come only so often.
     `body_bytes`: the largest body, by default that of the settings. `page`: browsers open it themselves, so that its
-    errors are pages.
+    errors are pages. `signed_out`: where a browser without a session is sent, instead of an error.
     """
 
     def make(function: Function) -> Route:
         hints = get_type_hints(function)
         parts = {name: hints[name] for name in hints if name in _PARTS}
-        made = Route(method, path, function, access, dict(answers), tuple(refuses), parts, body_bytes, page)
+        made = Route(method, path, function, access, dict(answers), tuple(refuses), parts, body_bytes, page, signed_out)
         _check(made, set(hints) - _PARTS - {"return"})
         return made
 
