@@ -212,6 +212,9 @@ async def _open_chain(
         if not source.instant:
             await _watch_tables(connection, hooks)
     metrics.build.info({"version": version(), "chain": chain.name, "source": chain.source})
+    # there from the start, so that the first one is seen as a change
+    metrics.reorgs_total.labels(chain.name)
+    metrics.reorg_depth.labels(chain.name)
     return chain
 
 
@@ -246,8 +249,7 @@ async def _monitor(database: Database, chain: int, state: State, stall_seconds: 
         metrics.stalled_seconds.labels("fetch").set(state.stalled_seconds if state.waiting_on == "fetch" else 0)
         metrics.stalled_seconds.labels("write").set(state.stalled_seconds if state.waiting_on == "write" else 0)
         metrics.lag_seconds.labels(state.chain).set(state.lag_seconds)
-        metrics.db_pool_connections.labels("idle").set(database.pool.get_idle_size())
-        metrics.db_pool_connections.labels("used").set(database.pool.get_size() - database.pool.get_idle_size())
+        database.publish()
         try:
             async with database.acquire() as connection:
                 state.gaps = await ledger.gaps(connection, chain)

@@ -12,6 +12,7 @@ import asyncpg
 from asyncpg.exceptions import PostgresError
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from indexer import metrics
 from indexer.config import DatabaseSettings
 from indexer.errors import ConfigError, DatabaseUnavailable, IndexerError
 
@@ -156,6 +157,12 @@ class Database:
         with translated():
             async with self.pool.acquire(timeout=self._patience) as connection:
                 yield connection  # type: ignore[misc]
+
+    def publish(self) -> None:
+        """The pool as metrics: how many of its connections are used, idle, and allowed."""
+        size, idle = self.pool.get_size(), self.pool.get_idle_size()
+        for state, number in (("used", size - idle), ("idle", idle), ("limit", self.pool.get_max_size())):
+            metrics.db_pool_connections.labels(state).set(number)
 
     async def writer(self) -> Connection:
         """The connection that will hold the leader's lock and write spans.

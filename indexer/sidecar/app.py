@@ -87,7 +87,7 @@ async def beside(
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(worker.run(), name="jobs")
                 tasks.create_task(Scheduler(database, schedules).run(), name="schedules")
-                tasks.create_task(keep_up(database, settings.sidecar, jobs), name="upkeep")
+                tasks.create_task(keep_up(database, settings, jobs), name="upkeep")
                 if alone:
                     told = notify.keep_told(lambda: _standing(settings, worker))
                     tasks.create_task(told, name="notify")

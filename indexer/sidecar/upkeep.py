@@ -8,10 +8,10 @@ from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 
 from indexer import log, metrics
-from indexer.config import SidecarSettings
+from indexer.config import Settings
 from indexer.db import Connection, Database
 from indexer.errors import DatabaseUnavailable
-from indexer.sidecar import gates
+from indexer.sidecar import calls, gates
 from indexer.sidecar.listening import operators
 
 STATES = ("waiting", "running", "held", "unfinal")
@@ -21,17 +21,21 @@ _PRUNE_SECONDS = 600.0
 _ROWS = 10_000
 
 
-async def keep_up(database: Database, settings: SidecarSettings, kinds: Collection[str]) -> None:
+async def keep_up(database: Database, settings: Settings, kinds: Collection[str]) -> None:
     """Look at the queue every few seconds, and prune now and then, until cancelled."""
     pruned_at = -_PRUNE_SECONDS
     while True:
+        database.publish()
         try:
             async with database.acquire() as connection:
                 await publish(connection, kinds)
                 await operators.publish(connection, datetime.now(UTC))
+                await publish_halts(connection)
+                # every sidecar's figure is that of all: who asks the provider is chance
+                await calls.left(connection, "songstats", settings.providers.songstats.monthly_budget)
                 if time.monotonic() - pruned_at >= _PRUNE_SECONDS:
                     pruned_at = time.monotonic()
-                    await prune(connection, timedelta(days=settings.log_days))
+                    await prune(connection, timedelta(days=settings.sidecar.log_days))
         except DatabaseUnavailable:
             pass  # the worker says what is wrong with it
         await asyncio.sleep(_LOOK_SECONDS)
@@ -63,6 +67,22 @@ async def publish(connection: Connection, kinds: Collection[str]) -> None:
     closed = {one["kind"] for one in await gates.standing(connection)}
     for kind in kinds:
         metrics.gate_closed.labels(kind).set(kind in closed)
+
+
+async def publish_halts(connection: Connection) -> None:
+    """The halts of the database's chains: the daemon that a hook has halted ends before anybody could ask it.
+
+    An old chain, put aside by `chain accept`, goes on no more and needs nobody.
+    """
+    rows = await connection.fetch(
+        """
+        select distinct chain.name, failure.hook from indexer.failure join indexer.chain on chain.id = failure.chain
+        where failure.resolved_at is null and failure.policy = 'halt' and strpos(chain.name, '@') = 0
+        """
+    )
+    metrics.halted.clear()
+    for row in rows:
+        metrics.halted.labels(row["name"], row["hook"]).set(1)
 
 
 async def prune(connection: Connection, keep: timedelta) -> None:
