@@ -40,8 +40,6 @@ RUNBOOKS = PROMETHEUS / "runbooks.md"
 # what Prometheus adds of its own: to every series, to `up`, and to its alerts
 TARGET_LABELS = {"job", "instance"}
 OF_PROMETHEUS = {"up": set[str](), "ALERTS": {"alertname", "alertstate", "severity"}}
-# commands that the runbooks name and that come with the listening jobs
-COMMANDS_SOON = {"listeners"}
 
 
 def tool(name: str) -> str:
@@ -118,8 +116,6 @@ def test_runbooks_name_commands_that_there_are() -> None:
     assert len(named) > 15
     for line in named:
         words = shlex.split(line)[1:]
-        if words[0] in COMMANDS_SOON:
-            continue
         command: Any = root
         while words and hasattr(command, "commands"):
             assert words[0] in command.commands, line
@@ -273,6 +269,7 @@ async def test_there_are_few_series(database_url: str, connection: asyncpg.Conne
         text = (await sidecar.get("metrics"))[1]
         routes = set(re.findall(r'indexer_http_seconds_count\{route="([^"]+)"\}', text))
         assert len(routes) >= 10 and "indexer_jobs{" in text
+        assert 'indexer_db_pool_connections{state="limit"} 6.0' in text
         assert 50 < series(text) < 300
 
 
@@ -315,12 +312,10 @@ KINDS = [held, closed, hog]
 class Told:
     """A target that exports the processes' metrics by the same names, well first and then not.
 
-    For what no process can be brought to in seconds: providers that fail for long, people who were not polled.
+    For what no process can be brought to in seconds: providers and routes that fail for long, starts again and again.
     """
 
-    names = (
-        "provider_requests_total", "http_requests_total", "listeners", "listener_oldest_poll_seconds",
-    )  # fmt: skip
+    names = ("provider_requests_total", "http_requests_total")
 
     def __init__(self) -> None:
         self.registry, self.ill, self.scrapes = CollectorRegistry(), False, 0
@@ -335,10 +330,8 @@ class Told:
         self.started.set(self.scrapes if self.ill else 0)
         one.provider_requests_total.labels("apify", "timeout" if self.ill else "2xx").inc()
         one.http_requests_total.labels("/api/songs", "5xx" if self.ill else "2xx").inc()
-        one.listeners.labels("active").set(90)
-        one.listeners.labels("cooling_down").set(90 if self.ill else 1)
-        one.listener_oldest_poll_seconds.set(8000 if self.ill else 3000)
-        return web.Response(body=generate_latest(self.registry), content_type="text/plain")
+        form = {"Content-Type": "text/plain; version=0.0.4"}
+        return web.Response(body=generate_latest(self.registry), headers=form)
 
 
 @asynccontextmanager
@@ -497,11 +490,21 @@ async def test_a_real_prometheus_fires_every_alert(
             values ('songstats', date_trunc('month', now() at time zone 'utc')::date, 7)
             """
         )
+        await connection.execute(
+            """
+            insert into listeners (spotify_id, refresh_token, last_polled_at, cooling_until)
+            values ('a', 'x', now() - interval '2 hours', null), ('b', 'x', now(), now() + interval '1 hour')
+            """
+        )
         await followed()
         # the head moves once more, but what is in the block is not to be had, and soon nothing is
         first_node.faults.append(http_error(500, None, methods=["eth_getLogs"]))
         mine(first_chain, Listeners(7).plays(1, 1_700_000_000))
-        await first.logged("endpoint rested")
+
+        async def behind() -> bool:
+            return 'indexer_lag_blocks{chain="first"} 1.0' in (await first.get("metrics"))[1]
+
+        await until(behind, "the first daemon knows of the block")
         first_node.faults.append(http_error(500, None))
 
         async def fire(*names: str) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import asyncpg
 import pytest
 from daemon import until
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 from queuekit import KINDS, SEEN, count, emptied, reaches, states, told, working
 
-from indexer import metrics, queue
-from indexer.errors import ConfigError, HookLoadError, UsageError
+from indexer import ledger, metrics, queue
+from indexer.errors import ConfigError, HookFailed, HookLoadError, UsageError
 from indexer.migrations import migrate, sql_folder
 from indexer.queue import NewJob
 from indexer.sidecar import gates, operations, upkeep
@@ -311,6 +311,24 @@ class TestUpkeep:
             await until(lambda: value("job_outcomes_total", kind="test.told", outcome="terminal") == 1, "it is counted")
         await upkeep.publish(connection, ["test.told", "a"])
         assert value("jobs", kind="test.told", state="waiting") == 0
+
+    async def test_halts_of_the_chains(self, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those that nothing has resolved, and not of a chain that was put aside."""
+        shown = Gauge("indexer_halted", "x", ["chain", "hook"], registry=None)
+        monkeypatch.setattr(metrics, "halted", shown)
+        for name in ("main", "other", "main@1"):
+            chain = await ledger.open_chain(connection, name, "evm", "1", 0)
+            for policy, hook in (("halt", "plays"), ("skip", "counts")):
+                failed = HookFailed(hook, 5, 5, ValueError("x"))
+                await ledger.record_failure(connection, chain.id, failed, policy)
+
+        async def halts() -> set[tuple[str, str]]:
+            await upkeep.publish_halts(connection)
+            return {(one.labels["chain"], one.labels["hook"]) for one in next(iter(shown.collect())).samples}
+
+        assert await halts() == {("main", "plays"), ("other", "plays")}
+        await connection.execute("update indexer.failure set resolved_at = now()")
+        assert await halts() == set()
 
     async def test_prune_keeps_what_is_young_or_held(self, connection: asyncpg.Connection) -> None:
         await migrate(connection, [("sidecar", sql_folder("sidecar"))])
