@@ -167,13 +167,13 @@ def _storable(profile: Profile) -> Profile:
 
 
 async def _connect(database: Database, listening: Listening, profile: Profile, tokens: Tokens) -> Connected:
-    """Store the person and order the first archive, in one transaction."""
+    """Store the person and order an archive at once, in one transaction: who was polled this hour is passed over."""
     now = listening.clock()
     async with database.acquire() as connection, connection.transaction():
         connected = await people.connect(
             connection, listening.vault, profile, tokens, listening.settings.founding_cap, now
         )
-        if connected.new:
+        if connected.listener is not None:
             id_ = str(connected.listener)
             await queue.enqueue(connection, KIND, {"userIds": [id_]}, key=f"connected:{id_}")
     return connected
