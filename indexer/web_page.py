@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _FOLDER = Path(__file__).parent / "page"
-_SCRIPTS = ("draw.js", "plots.js", "live.js", "operate.js")
+_SCRIPTS = ("draw.js", "plots.js", "operate.js", "live.js")
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 _SHOWN_RANGES = 3
 
@@ -80,6 +80,9 @@ def _texts(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _sentence(facts: Mapping[str, Any]) -> str:
+    leader = facts["leader"]
+    if facts["role"] == "standby" and leader and leader["led"] and leader["name"]:
+        return f"Stands by: {leader['name']} leads."
     if facts["role"] in _SENTENCES:
         return _SENTENCES[facts["role"]]
     if facts["head"] is None:
