@@ -47,7 +47,7 @@ class Page:
             "style": self._style, "script": self._script,
             "role_kind": "warn" if facts["stalled"] else _KINDS.get(facts["role"], ""),
             "progress": f'value="{_share(facts):.2f}"' if facts["head"] is not None else "",
-            "hooks": "".join(_hook(name, ranges, facts) for name, ranges in facts["gaps"].items()) or _NOT_KNOWN,
+            "hooks": "".join(_hook(name, ranges, facts) for name, ranges in _in_order(facts)) or _NOT_KNOWN,
             "failures": "".join(_failure(one) for one in facts["failures"]),
             "no_failures": "" if facts["failures"] else " hidden",
             "no_trouble": "" if facts["database"] else " hidden",
@@ -115,6 +115,12 @@ def _share(facts: Mapping[str, Any]) -> float:
 
 
 _NOT_KNOWN = '<li class="quiet">Not known yet.</li>'
+
+
+def _in_order(facts: Mapping[str, Any]) -> list[tuple[str, Sequence[Sequence[int]]]]:
+    """The gaps by hook, in the order in which the hooks run; those that are not enabled now come last."""
+    hooks: Sequence[str] = facts["hooks"]
+    return sorted(facts["gaps"].items(), key=lambda one: hooks.index(one[0]) if one[0] in hooks else len(hooks))
 
 
 def _hook(name: str, ranges: Sequence[Sequence[int]], facts: Mapping[str, Any]) -> str:

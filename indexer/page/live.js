@@ -67,7 +67,7 @@ function numbers(facts) {
   const eta = working && behind && facts.eta_seconds !== null;
   put("eta", known && (following || !behind) ? "at the head" : eta ? duration(facts.eta_seconds) : DASH);
   const end = eta && !following ? new Date(Date.now() + facts.eta_seconds * 1000) : null;
-  put("eta-note", !end || isNaN(end) ? "" : facts.eta_seconds < 86400 ? `at ${clock(end).slice(0, 5)}` : `on ${end.toISOString().slice(0, 10)}`);
+  put("eta-note", behind && !following && !eta ? "nothing gets committed" : !end || isNaN(end) ? "" : facts.eta_seconds < 86400 ? `at ${clock(end).slice(0, 5)}` : `on ${end.toISOString().slice(0, 10)}`);
 
   put("head", blockNumber(facts.head));
   put("final", blockNumber(facts.final));
@@ -99,7 +99,7 @@ function leader(facts) {
 
 const visible = (gaps, cursor) => gaps.filter(([first]) => first <= cursor);
 
-function hook([name, every], start, cursor) {
+function hook([name, every], start, cursor, enabled) {
   const gaps = visible(every, cursor), blocks = cursor - start + 1;
   const missing = gaps.reduce((sum, [first, last]) => sum + Math.min(last, cursor) - first + 1, 0);
   let text = "no hole";
@@ -108,20 +108,22 @@ function hook([name, every], start, cursor) {
     const more = gaps.length > 3 ? ` and ${number(gaps.length - 3)} more` : "";
     text = `${counted(missing, "block", "blocks")} missing: ${gaps.slice(0, 3).map(range).join(", ")}${more}`;
   }
+  if (!enabled) text += "; not enabled now";
   return make("li", null,
     make("div", { class: "split tight" }, make("span", null, name),
       make("span", { class: "end" }, blocks > 0 ? percent(blocks - missing, blocks) : DASH,
-        gaps.length ? button("Fill", `the holes of ${name}`, "./admin/gaps/fill", { hook: name }) : null)),
+        gaps.length && enabled ? button("Fill", `the holes of ${name}`, "./admin/gaps/fill", { hook: name }) : null)),
     strip(gaps, start, cursor, `${name}: ${text}`),
     make("p", { class: "quiet", "aria-hidden": "true" }, text));
 }
 
 function coverage(facts) {
   if (!changed("coverage", [facts.gaps, facts.start_block, facts.cursor, unlocked()])) return;
-  const hooks = Object.entries(facts.gaps);
-  at("hooks").replaceChildren(...hooks.map((one) => hook(one, facts.start_block, facts.cursor)));
+  const enabled = facts.hooks, place = ([name]) => (enabled.includes(name) ? enabled.indexOf(name) : enabled.length);
+  const hooks = Object.entries(facts.gaps).sort((a, b) => place(a) - place(b));
+  at("hooks").replaceChildren(...hooks.map((one) => hook(one, facts.start_block, facts.cursor, enabled.includes(one[0]))));
   if (!hooks.length) at("hooks").append(make("li", { class: "quiet" }, "Not known yet."));
-  const holed = hooks.filter(([, gaps]) => visible(gaps, facts.cursor).length);
+  const holed = hooks.filter(([name, gaps]) => enabled.includes(name) && visible(gaps, facts.cursor).length);
   const all = holed.length > 1 ? button("Fill all", "holes of all hooks", "./admin/gaps/fill", { hook: null }) : null;
   at("fill-all").replaceChildren(...(all ? [all] : []));
   put("coverage-from", hooks.length ? `start ${number(facts.start_block)}` : "");
@@ -201,7 +203,7 @@ function jobs(facts) {
     const waiting = of("waiting");
     return cells(kind, ...STATES.map((state) => (of(state) ? number(of(state).jobs) : DASH)), waiting ? duration(waiting.seconds) : DASH);
   });
-  const heads = [["Kind"], ["Waiting", true], ["Running", true], ["Held", true], ["Not final", true], ["Oldest due", true]];
+  const heads = [["Kind"], ["Wait", true], ["Run", true], ["Held", true], ["Not final", true], ["Oldest", true]];
   at("jobs").replaceChildren(rows.length ? table(null, heads, rows) : quiet(facts.jobs ? "No jobs." : "Can’t be read now."));
   at("held").replaceChildren(...found.held.map((one) => make("li", null,
     make("div", { class: "split" },

@@ -20,10 +20,13 @@ function remember(text) {
 
 const unlocked = () => enabled && token !== "";
 
+let telling = 0;
 function tell(text, bad) {
   put("told-text", text);
   at("told").className = bad ? "bad" : "";
   at("told").hidden = false;
+  clearTimeout(telling);
+  if (!bad) telling = setTimeout(() => at("told").hidden = true, 8000);
 }
 
 async function post(path, body) {

@@ -108,16 +108,17 @@ for (const id of Object.keys(COLUMNS)) {
   });
 }
 
-// Columns of equal width. A hole fills a column as far as its blocks are missing, and at least half: one block among
-// millions shows, and many such do not look like one big hole.
+// A hole that is wide enough to be seen is drawn as it is. Smaller ones fill columns of equal width as far as blocks are
+// missing there, and at least half: one block among millions shows, and many such do not look like one big hole.
 const STRIP = 240;
 function strip(gaps, start, cursor, label) {
   const blocks = cursor - start + 1, missing = new Float64Array(STRIP);
+  let holes = "";
   for (const [first, last] of gaps) {
     const from = ((first - start) / blocks) * STRIP, to = ((Math.min(last, cursor) + 1 - start) / blocks) * STRIP;
-    for (let n = Math.floor(from); n < to && n < STRIP; n += 1) missing[n] += Math.min(to, n + 1) - Math.max(from, n);
+    if (to - from >= 1) holes += `M${from.toFixed(2)} 10V0H${to.toFixed(2)}V10Z`;
+    else for (let n = Math.floor(from); n < to && n < STRIP; n += 1) missing[n] += Math.min(to, n + 1) - Math.max(from, n);
   }
-  let holes = "";
   missing.forEach((share, n) => {
     if (share > 0) holes += `M${n} 10V${(5 - 5 * Math.min(1, share)).toFixed(1)}h1V10Z`;
   });
