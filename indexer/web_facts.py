@@ -122,7 +122,7 @@ class Facts:
 
     @property
     def stalled(self) -> bool:
-        return self._state.stalled_seconds > self._settings.http.stall_seconds
+        return self._state.stalled(self._settings.http.stall_seconds)
 
     async def all(self, since: float = 0.0) -> dict[str, Any]:
         """Everything, with the points of the history after `since` (seconds since 1970)."""
