@@ -23,6 +23,7 @@ from indexer.migrations import SQL, migrate
 from indexer.model import BlockSource
 from indexer.pipeline import Pipeline, prepare
 from indexer.registry import Registered
+from indexer.replay import Replayer
 from indexer.sources.choose import make_source
 from indexer.sources.recorded import EndOfFile
 from indexer.state import Role, State
@@ -107,12 +108,32 @@ async def opened(settings: Settings, *, ask_node: bool) -> AsyncIterator[Parts]:
         source = make_source(settings, span=_span_settings(settings, hooks))
         stack.push_async_callback(source.close)
         registry.check_events(hooks, source.events)
-        if ask_node and (identity := await source.identity()) != chain.identity:
-            raise WrongNetwork(
-                f"chain {chain.name} is {chain.identity} here, but the node answers for {identity}"
-                + accept_hint(settings.chain.source, identity)
-            )
+        if ask_node:
+            await _check_network(source, chain)
         yield Parts(hooks, source, database, chain)
+
+
+async def _check_network(source: BlockSource, chain: ledger.ChainRow) -> None:
+    if (identity := await source.identity()) != chain.identity:
+        raise WrongNetwork(
+            f"chain {chain.name} is {chain.identity} here, but the node answers for {identity}"
+            + accept_hint(chain.source, identity)
+        )
+
+
+@asynccontextmanager
+async def _replaying(
+    settings: Settings, hooks: Sequence[Registered], database: Database, chain: ledger.ChainRow
+) -> AsyncIterator[Replayer]:
+    """A replay in the daemon's process: on a connection and with a source of its own, as a command's is."""
+    async with AsyncExitStack() as stack:
+        source = make_source(settings, span=_span_settings(settings, hooks))
+        stack.push_async_callback(source.close)
+        await _check_network(source, chain)
+        connection = await database.connect(application_name=f"{database.name} replay")
+        # the right to replay ends with the session
+        stack.callback(connection.terminate)
+        yield Replayer(connection, chain, hooks, source, f"{leader_name()} replay")
 
 
 class Beside(NamedTuple):
@@ -143,7 +164,10 @@ async def run(
         state = State(chain.name, chain.start_block)
         pipeline = Pipeline(chain, hooks, leader_name())
         await _recall_halt(database, pipeline)
-        web = await stack.enter_async_context(Web(settings, database, source.nodes, hooks, state).serving())
+        served = Web(
+            settings, database, source.nodes, hooks, state, lambda: _replaying(settings, hooks, database, chain)
+        )
+        web = await stack.enter_async_context(served.serving())
         log.get().info(
             "started", version=version(), chain=chain.name, chain_id=chain.identity, start_block=chain.start_block,
             hooks=[one.name for one in hooks], database=shown(database.dsn), status=web.url,
@@ -253,7 +277,8 @@ async def _monitor(database: Database, chain: int, state: State, stall_seconds: 
         try:
             async with database.acquire() as connection:
                 state.gaps = await ledger.gaps(connection, chain)
-                metrics.journal_rows.labels(state.chain).set(await journal.journal_rows(connection, chain))
+                state.journal_rows = await journal.journal_rows(connection, chain)
+                metrics.journal_rows.labels(state.chain).set(state.journal_rows)
         except IndexerError:
             pass  # the follower says what is wrong with the database
         for hook, ranges in state.gaps.items():

@@ -194,6 +194,31 @@ async def try_lead(connection: Connection, chain: int) -> bool:
         return bool(await connection.fetchval("select pg_try_advisory_lock(hashtext('indexer.leader'), $1)", chain))
 
 
+async def stand_by(connection: Connection, chain: int, *, over: bool = False) -> None:
+    """Let others see that this connection waits for the chain's lock, until it ends or the waiting is `over`."""
+    with translated():
+        if over:
+            await connection.execute("select pg_advisory_unlock_shared(hashtext('indexer.standby'), $1)", chain)
+        else:
+            await connection.execute("select pg_advisory_lock_shared(hashtext('indexer.standby'), $1)", chain)
+
+
+async def standbys(connection: Connection, chain: int) -> int:
+    """How many processes wait for the chain's lock."""
+    with translated():
+        return int(
+            await connection.fetchval(
+                """
+                select count(*) from pg_locks
+                where locktype = 'advisory' and granted and objsubid = 2 and objid = $1::int::oid
+                    and classid::bigint = hashtext('indexer.standby')::bigint & 4294967295
+                    and database = (select oid from pg_database where datname = current_database())
+                """,
+                chain,
+            )
+        )
+
+
 async def is_led(connection: Connection, chain: int) -> bool:
     """Whether some process holds the chain's lock at this moment."""
     with translated():

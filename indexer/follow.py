@@ -18,6 +18,7 @@ from indexer.db import (
     Connection,
     Database,
     silent_holder,
+    stand_by,
     translated,
     try_lead,
 )
@@ -145,8 +146,8 @@ class Follower:
             rows=rows, old_hash="0x" + self.at.hash.hex(), new_hash="0x" + theirs.hex(),
             seconds=round(time.monotonic() - started, 4),
         )  # fmt: skip
+        self.state.undone(ancestor.number + 1, self.at.number)
         self.at = ancestor
-        self.state.at(ancestor.number, None)
         return Outcome.REWOUND
 
     async def _ancestor(self, theirs: bytes) -> BlockRef | None:
@@ -269,11 +270,14 @@ async def _leading(database: Database, pipeline: Pipeline, state: State) -> Asyn
     try:
         while not await try_lead(connection, pipeline.chain.id):
             if state.role is not Role.STANDBY:
+                await stand_by(connection, pipeline.chain.id)
                 state.became(Role.STANDBY, "another process leads this chain")
                 log.get().info("standing by", chain=state.chain)
             await _watch_leader(connection, pipeline, state)
             silence = await _end_silent(connection, pipeline, silence)
             await asyncio.sleep(_STANDBY_SECONDS)
+        if state.role is Role.STANDBY:
+            await stand_by(connection, pipeline.chain.id, over=True)
         yield connection
     finally:
         # a lock dies with its connection; one that does not close in time is dropped

@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias
 
+import asyncpg
 import msgspec
 
 from indexer.db import Connection
+from indexer.errors import UsageError
 
 After: TypeAlias = datetime | timedelta | None
 
@@ -155,3 +157,58 @@ async def release(connection: Connection, chain: int, final: int) -> None:
 async def forget(connection: Connection, chain: int, number: int) -> None:
     """Drop what the blocks after `number` have ordered: they are undone."""
     await connection.execute("delete from indexer.waiting_job where chain = $1 and number > $2", chain, number)
+
+
+# -- jobs that operators act on ------------------------------------------------------------------------------------
+
+
+async def requeue(connection: Connection, numbers: Sequence[int]) -> int:
+    """Have held jobs wait again, with all their tries; returns how many.
+
+    Raises UsageError, and changes nothing, where another job of the same key waits or runs by now.
+    """
+    try:
+        async with connection.transaction():
+            done = await logged(
+                connection,
+                """
+                update indexer.pgqueuer set status = 'queued', attempts = 0, execute_after = now(), updated = now()
+                where id = any($1) and status = 'failed'
+                """,
+                numbers, "queued", None,
+            )  # fmt: skip
+            await connection.execute("delete from indexer.job_death where job = any($1)", list(numbers))
+            await wake(connection)
+    except asyncpg.UniqueViolationError:
+        raise UsageError("another job of the same key waits or runs by now: cancel one of the two") from None
+    return done
+
+
+async def logged(
+    connection: Connection, change: str, numbers: Sequence[int], status: str, reason: str | None
+) -> int:
+    """Carry out the change, and log it for the jobs that it met."""
+    rows = await connection.fetch(change + " returning id, entrypoint, priority", list(numbers))
+    details = reason and msgspec.json.encode(
+        {"exception_type": "Held", "exception_message": reason, "traceback": "", "additional_context": None}
+    ).decode()
+    await connection.execute(
+        """
+        insert into indexer.pgqueuer_log (job_id, entrypoint, priority, status, traceback)
+        select id, entrypoint, priority, $4::text::indexer.pgqueuer_status, $5::jsonb
+        from unnest($1::bigint[], $2::text[], $3::int[]) as jobs (id, entrypoint, priority)
+        """,
+        [row["id"] for row in rows], [row["entrypoint"] for row in rows], [row["priority"] for row in rows],
+        status, details,
+    )  # fmt: skip
+    return len(rows)
+
+
+async def wake(connection: Connection) -> None:
+    """Have the workers look for jobs at once."""
+    await connection.execute(
+        """
+        select pg_notify('ch_pgqueuer', json_build_object('channel', 'ch_pgqueuer', 'operation', 'update',
+            'sent_at', now(), 'table', 'pgqueuer', 'type', 'table_changed_event')::text)
+        """
+    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from enum import StrEnum
+from typing import NamedTuple
 
 from indexer import metrics
 from indexer.model import Heads, Span
 
 _WINDOW_SECONDS = 15.0
+_REORGS = 20
 
 
 class Role(StrEnum):
@@ -18,6 +20,14 @@ class Role(StrEnum):
     LEADER = "leader"
     HALTED = "halted"
     STOPPING = "stopping"
+
+
+class Reorg(NamedTuple):
+    """A reorganisation that this process has undone: the first block of it, how many, when (seconds since 1970)."""
+
+    block: int
+    depth: int
+    at: float
 
 
 class State:
@@ -33,6 +43,8 @@ class State:
         self.blocks = self.events = self.spans = 0
         self.waiting_on = "fetch"
         self.gaps: dict[str, list[tuple[int, int]]] = {}
+        self.journal_rows: int | None = None
+        self.reorgs: deque[Reorg] = deque(maxlen=_REORGS)
         now = time.monotonic()
         self.progressed_at = self.heard_at = now
         self._ticks: deque[tuple[float, int, int]] = deque([(now, 0, 0)])
@@ -64,6 +76,11 @@ class State:
         self.progressed_at = now
         self._ticks.append((now, self.blocks, self.events))
         self.at(span.last, span.end_timestamp)
+
+    def undone(self, first: int, last: int) -> None:
+        """The blocks `first` to `last` were reorganised and are undone."""
+        self.reorgs.append(Reorg(first, last - first + 1, time.time()))
+        self.at(first - 1, None)
 
     def _lag(self) -> None:
         metrics.lag_blocks.labels(self.chain).set(self.lag_blocks)

@@ -8,7 +8,7 @@ from datetime import datetime
 
 import pytest
 
-from indexer.sidecar.limits import Buckets, Recent, remote_address
+from indexer.limits import Buckets, Recent, remote_address
 from indexer.sidecar.paging import Number, Position, Text, Time, cut, decode, encode
 from indexer.sidecar.routes import Refused
 

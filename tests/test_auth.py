@@ -25,9 +25,9 @@ from pydantic import ValidationError
 
 from indexer.config import Settings
 from indexer.errors import ConfigError
+from indexer.limits import Recent
 from indexer.sidecar import keys, tokens
 from indexer.sidecar.api import create_app, serving
-from indexer.sidecar.limits import Recent
 from indexer.sidecar.paging import Page
 from indexer.sidecar.routes import Answer, Body, Call, Query, route
 

@@ -14,10 +14,10 @@ ROOT = README.parent
 
 # A file imports only from lines above it. Names of one line may know each other.
 LAYERS = (
-    "errors version",
+    "errors version limits",
     "model",
     "config settings_fields settings_errors settings_sources config_report",
-    "log metrics",
+    "log metrics redact",
     "notify",
     "binaries embedded db migrations",
     "ledger queue",
@@ -27,7 +27,7 @@ LAYERS = (
     "pipeline state segments derivation",
     "sources fakechain devchain",
     "follow replay rebuild record accept maintenance",
-    "web progress",
+    "web web_facts web_admin web_page progress",
     "app",
     "testing pytest_plugin",
     "sidecar",

@@ -12,9 +12,9 @@ from aiohttp import web
 
 from indexer.config import Settings
 from indexer.db import Database
+from indexer.limits import Buckets, Recent, remote_address
 from indexer.sidecar import keys
 from indexer.sidecar.keys import Key
-from indexer.sidecar.limits import Buckets, Recent, remote_address
 from indexer.sidecar.listening import people, session
 from indexer.sidecar.listening.service import Listening
 from indexer.sidecar.listening.session import Session

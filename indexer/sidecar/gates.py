@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from indexer.db import Connection
+from indexer.queue import wake
 
 
 async def close(connection: Connection, kind: str, until: datetime | timedelta, reason: str) -> None:
@@ -35,16 +36,6 @@ async def open_(connection: Connection, kind: str) -> bool:
         status = await connection.execute("delete from indexer.job_gate where kind = $1", kind)
         await wake(connection)
     return bool(status != "DELETE 0")
-
-
-async def wake(connection: Connection) -> None:
-    """Have the workers look for jobs at once."""
-    await connection.execute(
-        """
-        select pg_notify('ch_pgqueuer', json_build_object('channel', 'ch_pgqueuer', 'operation', 'update',
-            'sent_at', now(), 'table', 'pgqueuer', 'type', 'table_changed_event')::text)
-        """
-    )
 
 
 async def lock(connection: Connection) -> None:

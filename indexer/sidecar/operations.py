@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import asyncpg
 import msgspec
 
 from indexer.db import Connection
-from indexer.errors import UsageError
-from indexer.sidecar.gates import wake
+from indexer.queue import logged
+from indexer.queue import requeue as requeue
 
 STATES = ("waiting", "running", "held", "unfinal")
 _STATUS = {"waiting": "queued", "running": "picked", "held": "failed"}
@@ -87,32 +86,10 @@ def _payload(stored: bytes | None) -> Any:
         return stored and stored.decode("utf-8", "replace")
 
 
-async def requeue(connection: Connection, numbers: Sequence[int]) -> int:
-    """Have held jobs wait again, with all their tries; returns how many.
-
-    Raises UsageError, and changes nothing, where another job of the same key waits or runs by now.
-    """
-    try:
-        async with connection.transaction():
-            done = await _logged(
-                connection,
-                """
-                update indexer.pgqueuer set status = 'queued', attempts = 0, execute_after = now(), updated = now()
-                where id = any($1) and status = 'failed'
-                """,
-                numbers, "queued", None,
-            )  # fmt: skip
-            await connection.execute("delete from indexer.job_death where job = any($1)", list(numbers))
-            await wake(connection)
-    except asyncpg.UniqueViolationError:
-        raise UsageError("another job of the same key waits or runs by now: cancel one of the two") from None
-    return done
-
-
 async def cancel(connection: Connection, numbers: Sequence[int]) -> int:
     """Delete jobs, and stop those that run; returns how many."""
     async with connection.transaction():
-        done = await _logged(connection, "delete from indexer.pgqueuer where id = any($1)", numbers, "canceled", None)
+        done = await logged(connection, "delete from indexer.pgqueuer where id = any($1)", numbers, "canceled", None)
         await _stop(connection, numbers)
     return done
 
@@ -120,7 +97,7 @@ async def cancel(connection: Connection, numbers: Sequence[int]) -> int:
 async def hold(connection: Connection, numbers: Sequence[int], reason: str) -> int:
     """Keep jobs that wait or run from running on; returns how many."""
     async with connection.transaction():
-        done = await _logged(
+        done = await logged(
             connection,
             """
             update indexer.pgqueuer set status = 'failed', queue_manager_id = null, slot = null, updated = now()
@@ -130,26 +107,6 @@ async def hold(connection: Connection, numbers: Sequence[int], reason: str) -> i
         )  # fmt: skip
         await _stop(connection, numbers)
     return done
-
-
-async def _logged(
-    connection: Connection, change: str, numbers: Sequence[int], status: str, reason: str | None
-) -> int:
-    """Carry out the change, and log it for the jobs that it met."""
-    rows = await connection.fetch(change + " returning id, entrypoint, priority", list(numbers))
-    details = reason and msgspec.json.encode(
-        {"exception_type": "Held", "exception_message": reason, "traceback": "", "additional_context": None}
-    ).decode()
-    await connection.execute(
-        """
-        insert into indexer.pgqueuer_log (job_id, entrypoint, priority, status, traceback)
-        select id, entrypoint, priority, $4::text::indexer.pgqueuer_status, $5::jsonb
-        from unnest($1::bigint[], $2::text[], $3::int[]) as jobs (id, entrypoint, priority)
-        """,
-        [row["id"] for row in rows], [row["entrypoint"] for row in rows], [row["priority"] for row in rows],
-        status, details,
-    )  # fmt: skip
-    return len(rows)
 
 
 async def _stop(connection: Connection, numbers: Sequence[int]) -> None:
