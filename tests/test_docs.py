@@ -30,9 +30,10 @@ LAYERS = (
     "app",
     "testing pytest_plugin",
     "sidecar",
-    "status demochain",
+    "status demochain explain explain_report",
+    "watch doctor doctor_database doctor_nodes",
     "demo",
-    "cli cli_chain cli_recovery cli_jobs cli_keys cli_listeners",
+    "cli cli_chain cli_recovery cli_jobs cli_keys cli_listeners cli_operate completion",
 )
 
 
