@@ -31,7 +31,10 @@ LAYERS = (
     "testing pytest_plugin",
     "sidecar",
     "status demochain explain explain_report",
-    "watch doctor doctor_database doctor_nodes",
+    "watch doctor_finding",
+    "doctor_nodes",
+    "doctor_database",
+    "doctor",
     "demo",
     "cli cli_chain cli_recovery cli_jobs cli_keys cli_listeners cli_operate completion",
 )
