@@ -46,11 +46,11 @@ class View:
     def __init__(self, chain: str, seconds: float) -> None:
         self.chain, self.seconds = chain, seconds
         self.found: Facts | None = None
-        self.trouble = ""
+        self.looked, self.trouble = False, ""
         self.looks: deque[tuple[float, float, float]] = deque(maxlen=_KEPT_LOOKS)  # lag, blocks/s, events/s
 
     def saw(self, found: Facts | None) -> None:
-        self.found, self.trouble = found, ""
+        self.found, self.looked, self.trouble = found, True, ""
         if found is not None:
             self.looks.append((found["lag_blocks"], found["blocks_per_second"], found["events_per_second"]))
 
@@ -67,7 +67,7 @@ class View:
         if self.trouble:
             yield _cut(f"the database is away: {self.trouble}", "red")
         if self.found is None:
-            if not self.trouble:
+            if self.looked and not self.trouble:
                 yield _cut(f"nothing of chain {self.chain} here yet: start it with `indexer run`", "yellow")
             return
         found = self.found
