@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from indexer import cli_chain, cli_jobs, cli_keys, cli_listeners, cli_recovery
+from indexer import cli_chain, cli_jobs, cli_keys, cli_listeners, cli_operate, cli_recovery, completion
 from indexer.errors import HookLoadError, IndexerError
 
 if TYPE_CHECKING:
@@ -124,24 +124,6 @@ def migrate(
         typer.echo("nothing to apply: the schema is up to date")
 
 
-@app.command(epilog="Example: indexer status --watch")
-def status(
-    config: ConfigOption = None,
-    secrets: SecretsOption = None,
-    as_json: JsonOption = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second until Ctrl-C.")] = False,
-) -> None:
-    """Head, cursor, lag, rates, ETA and gaps per hook, from the database."""
-    from indexer import status as facts
-
-    settings = _load(config, secrets).settings
-    try:
-        found = asyncio.run(facts.show(settings, as_json=as_json, watch=watch))
-    except KeyboardInterrupt:
-        return
-    raise typer.Exit(0 if found else 1)
-
-
 @app.command("config", epilog="Example: indexer config --json")
 def show_config(config: ConfigOption = None, secrets: SecretsOption = None, as_json: JsonOption = False) -> None:
     """The effective settings, secrets masked, and where each came from."""
@@ -159,8 +141,19 @@ def show_config(config: ConfigOption = None, secrets: SecretsOption = None, as_j
 @app.command(epilog="Example: indexer demo --seconds 30")
 def demo(
     seconds: Annotated[float | None, typer.Option(help="End by itself after so long; Ctrl-C by default.")] = None,
-    chain: Annotated[str, typer.Option(help="anvil, simulated, or auto: anvil where it is at hand.")] = "auto",
-    network: Annotated[str | None, typer.Option(help="audius: follow the public Open Audio chain.")] = None,
+    chain: Annotated[
+        str,
+        typer.Option(
+            help="anvil, simulated, or auto: anvil where it is at hand.",
+            autocompletion=completion.words("anvil", "simulated", "auto"),
+        ),
+    ] = "auto",
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="audius: follow the public Open Audio chain.", autocompletion=completion.words("audius")
+        ),
+    ] = None,
     rpc: Annotated[str | None, typer.Option(help="Follow this node instead of a local chain.")] = None,
     contract: Annotated[str | None, typer.Option(help="With --rpc: address of a PlayRegistry contract.")] = None,
     start_block: Annotated[
@@ -178,7 +171,9 @@ def demo(
 
 @app.command(epilog="Example: indexer verify aggregates --json")
 def verify(
-    hook: Annotated[str, typer.Argument(help="The hook whose derived tables are compared.")],
+    hook: Annotated[
+        str, typer.Argument(help="The hook whose derived tables are compared.", autocompletion=completion.hooks)
+    ],
     samples: Annotated[int, typer.Option(help="Rows shown of each kind of difference.", min=0)] = 5,
     as_json: JsonOption = False,
     config: ConfigOption = None,
@@ -197,7 +192,9 @@ def verify(
 
 @app.command(epilog="Example: indexer rebuild aggregates --dry-run")
 def rebuild(
-    hook: Annotated[str, typer.Argument(help="The hook whose derived tables are put right.")],
+    hook: Annotated[
+        str, typer.Argument(help="The hook whose derived tables are put right.", autocompletion=completion.hooks)
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do all of it, and roll back.")] = False,
     only_ours: Annotated[
         bool, typer.Option("--only-ours", help="Although another writer's rows may count in the tables: drop those.")
@@ -243,6 +240,7 @@ def _on_database(settings: Settings, work: Callable[[Connection, tuple[Registere
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
+app.add_typer(cli_operate.app)
 app.add_typer(cli_recovery.app)
 app.add_typer(cli_chain.app)
 app.add_typer(cli_jobs.app)

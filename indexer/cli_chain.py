@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from indexer import completion
 from indexer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -103,7 +104,10 @@ def list_chains(as_json: JsonOption = False, config: ConfigOption = None, secret
 
 @chain.command(epilog="Example: indexer chain accept audius-mainnet-beta --start-block 1")
 def accept(
-    new_id: Annotated[str, typer.Argument(help="The chain id that the nodes answer with now.")],
+    new_id: Annotated[
+        str,
+        typer.Argument(help="The chain id that the nodes answer with now.", autocompletion=completion.chain_ids),
+    ],
     start_block: Annotated[
         int | None, typer.Option(help="First block of the new chain; chain.start_block by default.", min=0)
     ] = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from indexer import completion
 from indexer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,10 +40,24 @@ def sidecar(config: ConfigOption = None, secrets: SecretsOption = None) -> None:
 
 @app.command(epilog="Example: indexer jobs requeue 17 18, or: indexer jobs list --state held --json")
 def jobs(
-    action: Annotated[str, typer.Argument(help="list, show, requeue, cancel, hold, gates, or open (a gate).")] = "list",
+    action: Annotated[
+        str,
+        typer.Argument(
+            help="list, show, requeue, cancel, hold, gates, or open (a gate).",
+            autocompletion=completion.words(*_ACTIONS),
+        ),
+    ] = "list",
     which: Annotated[list[str] | None, typer.Argument(help="Numbers of jobs; for open: the kind.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Only jobs of this kind.")] = None,
-    state: Annotated[str | None, typer.Option(help="Only waiting, running, held or unfinal ones.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Only jobs of this kind.", autocompletion=completion.kinds)
+    ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            help="Only waiting, running, held or unfinal ones.",
+            autocompletion=completion.words("waiting", "running", "held", "unfinal"),
+        ),
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="With requeue: all held jobs (of the kind).")] = False,
     reason: Annotated[str, typer.Option(help="With hold: why, for those who come after.")] = "held by an operator",
     limit: Annotated[int, typer.Option(help="Jobs listed.", min=1)] = 50,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from indexer import completion
 from indexer.errors import Temporary, UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ app = typer.Typer()
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file; indexer.toml by default.")]
 SecretsOption = Annotated[Path | None, typer.Option("--secrets", help="Folder with one file a secret.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-HookOption = Annotated[list[str] | None, typer.Option("--hook", help="Only this hook; may be given again.")]
+HookOption = Annotated[
+    list[str] | None,
+    typer.Option("--hook", help="Only this hook; may be given again.", autocompletion=completion.hooks),
+]
 
 Work = Callable[["Parts", "Replayer"], Awaitable[int]]
 
@@ -110,7 +114,9 @@ def gaps(
 
 @app.command(epilog="Example: indexer failures show 7")
 def failures(
-    action: Annotated[str, typer.Argument(help="list, show or retry.")] = "list",
+    action: Annotated[
+        str, typer.Argument(help="list, show or retry.", autocompletion=completion.words("list", "show", "retry"))
+    ] = "list",
     number: Annotated[int | None, typer.Argument(help="Number of the failure, for show and retry.")] = None,
     every: Annotated[bool, typer.Option("--all", help="With retry: all that are open.")] = False,
     as_json: JsonOption = False,

@@ -237,6 +237,24 @@ async def is_led(connection: Connection, chain: int) -> bool:
         )
 
 
+async def beside(connection: Connection) -> tuple[int, int]:
+    """How many daemons stand by in this database, whatever their chain, and how many sidecars work there."""
+    with translated():
+        row = await connection.fetchrow(
+            """
+            select count(*) filter (where application_name = 'indexer writer' and not exists (
+                       select from pg_locks
+                       where pg_locks.pid = activity.pid and locktype = 'advisory' and granted and objsubid = 2
+                         and classid::bigint = hashtext('indexer.leader')::bigint & 4294967295
+                   )) as standbys,
+                   count(*) filter (where application_name = 'indexer sidecar') as sidecars
+            from pg_stat_activity as activity where datname = current_database()
+            """
+        )
+    assert row is not None
+    return row["standbys"], row["sidecars"]
+
+
 def shown(dsn: str) -> str:
     """The database's address without user, password and parameters."""
     parts = urlsplit(dsn)

@@ -62,6 +62,47 @@ async def watch(connection: Connection, tables: Sequence[str]) -> None:
             await asyncio.sleep(_WATCH_PAUSE_SECONDS)
 
 
+async def watch_meanwhile(connection: Connection, tables: Sequence[str]) -> list[str]:
+    """Journal these tables for the rest of the caller's transaction, which is to be rolled back, also where no
+    reorganisation makes that necessary; returns those of which it can't be had: not ours, without a key, or in use."""
+    lacking = await connection.fetch(
+        """
+        select name from unnest($1::text[]) as given (name)
+        where not exists (
+            select from pg_trigger where tgrelid = to_regclass(name) and tgname = 'indexer_journal_insert'
+        )
+        """,
+        list(tables),
+    )
+    left: list[str] = []
+    for row in lacking:
+        try:
+            async with connection.transaction():
+                before = await connection.fetchval("select current_setting('lock_timeout')")
+                await connection.execute("set local lock_timeout = '300ms'")
+                await connection.execute("select indexer.watch($1::text::regclass)", row["name"])
+                await connection.fetchval("select set_config('lock_timeout', $1, true)", before)
+        except (
+            asyncpg.LockNotAvailableError, asyncpg.UndefinedTableError, asyncpg.RaiseError,
+            asyncpg.InsufficientPrivilegeError,
+        ):  # fmt: skip
+            left.append(row["name"])
+    return left
+
+
+async def rows_of(connection: Connection, chain: int, number: int) -> dict[str, int]:
+    """By table how many rows are kept to undo that block."""
+    rows = await connection.fetch(
+        """
+        select relation::regclass::text as name, count(*) as rows from indexer.journal
+        where chain = $1 and number = $2
+        group by relation order by 1
+        """,
+        chain, number,
+    )  # fmt: skip
+    return {row["name"]: row["rows"] for row in rows}
+
+
 async def journal_from(connection: Connection, chain: int, number: int) -> None:
     """Journal what the rest of this transaction does to watched tables, as done by the block `number`."""
     await connection.execute(

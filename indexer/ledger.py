@@ -300,6 +300,19 @@ async def open_failures(connection: Connection, chain: int) -> list[dict[str, An
     return [dict(row) for row in rows]
 
 
+async def failures_at(connection: Connection, chain: int, number: int) -> list[dict[str, Any]]:
+    """All failures at that block, resolved ones too, oldest first."""
+    rows = await connection.fetch(
+        """
+        select id, hook, first, last, policy, error, failed_at, resolved_at from indexer.failure
+        where chain = $1 and $2 between first and last
+        order by id
+        """,
+        chain, number,
+    )  # fmt: skip
+    return [dict(row) for row in rows]
+
+
 async def standing(connection: Connection, name: str) -> dict[str, Any] | None:
     """The row of facts behind `indexer status`, or None where the database does not know the chain."""
     row = await connection.fetchrow(

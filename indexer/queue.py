@@ -113,6 +113,34 @@ def spread(key: str, seconds: float) -> timedelta:
     return timedelta(seconds=seconds * digest / 2**64)
 
 
+class Depth(msgspec.Struct, frozen=True):
+    """How many jobs of a kind are waiting, running, held or unfinal (`state`); `seconds`: the oldest is so old."""
+
+    kind: str
+    state: str
+    jobs: int
+    seconds: float
+
+
+async def depth(connection: Connection) -> list[Depth]:
+    """The whole queue, by kind and state."""
+    rows = await connection.fetch(
+        """
+        with jobs as (
+            select entrypoint as kind,
+                   case status when 'picked' then 'running' when 'failed' then 'held' else 'waiting' end as state,
+                   case status when 'queued' then execute_after else updated end as since
+            from indexer.pgqueuer
+            union all
+            select kind, 'unfinal', now() from indexer.waiting_job
+        )
+        select kind, state, count(*) as jobs, greatest(extract(epoch from now() - min(since)), 0)::float8 as seconds
+        from jobs group by kind, state order by kind, state
+        """
+    )
+    return [Depth(**dict(row)) for row in rows]
+
+
 # -- jobs of blocks that may still be reorganised ------------------------------------------------------------------
 
 

@@ -233,10 +233,13 @@ class Replayer(Planner):
                 if names is segment.fill and one.name in segment.recall:
                     await self._recall(one, tx, span)
                 elif one.name in names:
-                    await self._pipeline.run_hook(one, tx, self.connection, span)
-                    await self._check(one, span, before)
+                    await self._run_one(one, tx, span, before)
             written += tx.written
         return dict(written)
+
+    async def _run_one(self, one: Registered, tx: Tx, span: Span, before: dict[str, int]) -> None:
+        await self._pipeline.run_hook(one, tx, self.connection, span)
+        await self._check(one, span, before)
 
     async def _check(self, one: Registered, span: Span, before: dict[str, int]) -> None:
         """Find the hook that wrote elsewhere, or broke a constraint that is only looked at by COMMIT."""
@@ -252,7 +255,7 @@ class Replayer(Planner):
         written, skipped = tx.written.copy(), tx.skipped.copy()
         tx.recalling = True
         try:
-            async with _given_up(self.connection):
+            async with given_up(self.connection):
                 await self._pipeline.run_hook(one, tx, self.connection, span)
         finally:
             tx.recalling = False
@@ -326,8 +329,9 @@ class Replayer(Planner):
                     raise UsageError(f"a dry run takes at most {_REHEARSED_EVENTS:,} events: give fewer blocks")
         self._rehearsing = True
         try:
-            async with transaction(self.connection), _given_up(self.connection):
+            async with transaction(self.connection), given_up(self.connection):
                 await ledger.hold(self.connection, self.chain.id)
+                await journal.watch_meanwhile(self.connection, self._pipeline.tables)
                 # no block has number -1, so that these entries are this transaction's own
                 await journal.journal_from(self.connection, self.chain.id, -1)
                 for piece in fetched:
@@ -337,11 +341,11 @@ class Replayer(Planner):
         finally:
             self._rehearsing = False
         blocks = sum(span.last - span.first + 1 for span, _ in fetched)
-        tables = [_changed(table, rows) for table, rows in changes.items() if rows]
+        tables = [changed(table, rows) for table, rows in changes.items() if rows]
         return Rehearsal(blocks, events, tables, [str(one) for one in self.failures])
 
 
-def _changed(table: str, rows: Sequence[tuple[str | None, str | None]]) -> Changed:
+def changed(table: str, rows: Sequence[tuple[str | None, str | None]]) -> Changed:
     inserted = sum(before is None for before, _ in rows)
     deleted = sum(after is None for _, after in rows)
     samples = [(_parsed(before), _parsed(after)) for before, after in rows[:_SAMPLES]]
@@ -371,7 +375,7 @@ def _joined(parts: Sequence[Span]) -> Span:
 
 
 @asynccontextmanager
-async def _given_up(connection: Connection) -> AsyncIterator[None]:
+async def given_up(connection: Connection) -> AsyncIterator[None]:
     """A savepoint that is always rolled back, so that nothing done in it is left."""
     savepoint = connection.transaction()
     await savepoint.start()

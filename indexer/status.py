@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sys
 import time
 from typing import Any
 
 import asyncpg
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
-from indexer import ledger
+from indexer import ledger, queue
 from indexer.app import open_database
 from indexer.config import Settings
-from indexer.db import Connection, is_led
+from indexer.db import Connection, beside, is_led, translated
 
 
 async def facts(connection: Connection, chain_name: str) -> dict[str, Any] | None:
-    """The facts of one chain, ready for JSON; None where the database does not know it (yet)."""
+    """The facts of one chain, ready for JSON; None where the database does not know it (yet).
+
+    `standbys` and `sidecars` are those of all chains of the database, and so are the `jobs`.
+    """
     try:
         row = await ledger.standing(connection, chain_name)
     except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
         return None
     if row is None:
         return None
+    try:
+        jobs = await queue.depth(connection)
+    except asyncpg.UndefinedTableError:  # not migrated so far
+        jobs = []
+    standbys, sidecars = await beside(connection)
     gaps = await ledger.gaps(connection, row["id"])
     failures = await ledger.open_failures(connection, row["id"])
     head = row["head"] if row["head"] is not None else row["cursor"]
@@ -37,6 +42,7 @@ async def facts(connection: Connection, chain_name: str) -> dict[str, Any] | Non
     return {
         "chain": row["name"], "chain_id": row["identity"], "source": row["source"], "start_block": row["start_block"],
         "running": running, "leader": row["leader"], "seen_seconds_ago": round(row["seen_seconds_ago"], 1),
+        "standbys": standbys, "sidecars": sidecars,
         "head": row["head"], "final": row["final"], "cursor": row["cursor"],
         "lag_blocks": lag_blocks,
         "lag_seconds": round(max(0.0, time.time() - block_time), 1) if lag_blocks and block_time else 0.0,
@@ -50,6 +56,10 @@ async def facts(connection: Connection, chain_name: str) -> dict[str, Any] | Non
         "failures": [
             {**one, "failed_at": one["failed_at"].isoformat(timespec="seconds")} for one in failures
         ],
+        "jobs": [
+            {"kind": one.kind, "state": one.state, "jobs": one.jobs, "oldest_seconds": round(one.seconds, 1)}
+            for one in jobs
+        ],
     }  # fmt: skip
 
 
@@ -60,27 +70,31 @@ def render(found: dict[str, Any] | None, chain_name: str) -> Table:
         table.add_row(f"nothing of chain {chain_name} here yet: start it with `indexer run`")
         return table
     state = f"led by {found['leader']}" if found["running"] else "no daemon runs"
+    if found["standbys"]:
+        state += f", {found['standbys']} standing by"
     table.add_row("chain", f"{found['chain']} ({found['source']} {found['chain_id']}), {state}")
-    table.add_row("head", f"{_number(found['head'])}, final {_number(found['final'])}")
-    table.add_row("cursor", f"{_number(found['cursor'])}, started at {_number(found['start_block'])}")
-    table.add_row("lag", f"{_number(found['lag_blocks'])} blocks, {_duration(found['lag_seconds'])}")
+    table.add_row("head", f"{number(found['head'])}, final {number(found['final'])}")
+    table.add_row("cursor", f"{number(found['cursor'])}, started at {number(found['start_block'])}")
+    table.add_row("lag", f"{number(found['lag_blocks'])} blocks, {duration(found['lag_seconds'])}")
     table.add_row("rate", f"{found['blocks_per_second']:,} blocks/s, {found['events_per_second']:,} events/s")
-    table.add_row("ETA", "at the head" if not found["lag_blocks"] else _duration(found["eta_seconds"]))
+    table.add_row("ETA", "at the head" if not found["lag_blocks"] else duration(found["eta_seconds"]))
     for hook, gaps in found["hooks"].items():
         shown = ", ".join(f"{first}-{last}" for first, last in gaps["gaps"][:5])
         more = f" and {len(gaps['gaps']) - 5} more" if len(gaps["gaps"]) > 5 else ""
         table.add_row(f"gaps of {hook}", f"{gaps['gap_blocks']:,} blocks: {shown}{more}" if shown else "none")
+    if found["jobs"]:
+        table.add_row("jobs", ", ".join(f"{one['jobs']:,} {one['kind']} {one['state']}" for one in found["jobs"]))
     for one in found["failures"]:
         what = "halted" if one["policy"] == "halt" else "skipped"
         table.add_row(what, f"block {one['first']}, hook {one['hook']}: {one['error']}")
     return table
 
 
-def _number(value: int | None) -> str:
+def number(value: int | None) -> str:
     return "unknown" if value is None else f"{value:,}"
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
     minutes, rest = divmod(int(seconds), 60)
@@ -88,27 +102,34 @@ def _duration(seconds: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.0f} s"
 
 
-async def show(settings: Settings, *, as_json: bool, watch: bool) -> bool:
-    """Print the facts once, or every second; False where there are none."""
-    name = settings.chain.name
+def line(found: dict[str, Any] | None, chain_name: str) -> str:
+    """The facts in one line, for logs and pipes."""
+    if found is None:
+        return f"chain {chain_name} is not in this database (yet)"
+    parts = [
+        f"{found['chain']} {'led by ' + found['leader'] if found['running'] else 'no daemon runs'}",
+        f"head {number(found['head'])}", f"cursor {number(found['cursor'])}",
+        f"lag {number(found['lag_blocks'])} blocks {duration(found['lag_seconds'])}",
+        f"{found['blocks_per_second']:,} blocks/s", f"{found['events_per_second']:,} events/s",
+        "at the head" if not found["lag_blocks"] else f"ETA {duration(found['eta_seconds'])}",
+        f"holes {sum(one['gap_blocks'] for one in found['hooks'].values()):,}",
+        f"failures {len(found['failures']):,}",
+        f"jobs {sum(one['jobs'] for one in found['jobs']):,}",
+    ]  # fmt: skip
+    return "  ".join(parts)
+
+
+async def show(settings: Settings, console: Console, *, as_json: bool) -> bool:
+    """Print the facts; False where there are none."""
     async with open_database(settings, pool=False) as database:
         connection = await database.connect()
         try:
-            found = await facts(connection, name)
-            if as_json:
-                while True:
-                    print(json.dumps(found), flush=True)
-                    if not watch:
-                        return found is not None
-                    await asyncio.sleep(1.0)
-                    found = await facts(connection, name)
-            console = Console(soft_wrap=not sys.stdout.isatty())
-            if not watch:
-                console.print(render(found, name))
-                return found is not None
-            with Live(render(found, name), console=console, refresh_per_second=4) as live:
-                while True:
-                    await asyncio.sleep(1.0)
-                    live.update(render(await facts(connection, name), name))
+            with translated():
+                found = await facts(connection, settings.chain.name)
         finally:
-            await connection.close()
+            connection.terminate()
+    if as_json:
+        print(json.dumps(found))
+    else:
+        console.print(render(found, settings.chain.name))
+    return found is not None

@@ -31,9 +31,13 @@ LAYERS = (
     "app",
     "testing pytest_plugin",
     "sidecar",
-    "status demochain demolisteners",
+    "status demochain demolisteners explain explain_report",
+    "watch doctor_finding",
+    "doctor_nodes",
+    "doctor_database",
+    "doctor",
     "demo",
-    "cli cli_chain cli_recovery cli_jobs cli_keys cli_listeners",
+    "cli cli_chain cli_recovery cli_jobs cli_keys cli_listeners cli_operate completion",
 )
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 
-from indexer import log, metrics
+from indexer import log, metrics, queue
 from indexer.config import Settings
 from indexer.db import Connection, Database
 from indexer.errors import DatabaseUnavailable
@@ -43,22 +43,11 @@ async def keep_up(database: Database, settings: Settings, kinds: Collection[str]
 
 async def publish(connection: Connection, kinds: Collection[str]) -> None:
     """The queue's depth and age as metrics. A kind that we don't work off is `other`."""
-    rows = await connection.fetch(
-        """
-        with jobs as (
-            select case when entrypoint = any($1) then entrypoint else 'other' end as kind,
-                   case status when 'picked' then 'running' when 'failed' then 'held' else 'waiting' end as state,
-                   case status when 'queued' then execute_after else updated end as since
-            from indexer.pgqueuer
-            union all
-            select case when kind = any($1) then kind else 'other' end, 'unfinal', now() from indexer.waiting_job
-        )
-        select kind, state, count(*) as jobs, greatest(extract(epoch from now() - min(since)), 0)::float8 as seconds
-        from jobs group by kind, state
-        """,
-        list(kinds),
-    )
-    found = {(row["kind"], row["state"]): (row["jobs"], row["seconds"]) for row in rows}
+    found: dict[tuple[str, str], tuple[int, float]] = {}
+    for one in await queue.depth(connection):
+        key = (one.kind if one.kind in kinds else "other", one.state)
+        number, seconds = found.get(key, (0, 0.0))
+        found[key] = (number + one.jobs, max(seconds, one.seconds))
     for kind in (*kinds, "other"):
         for state in STATES:
             number, seconds = found.get((kind, state), (0, 0.0))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 
 from indexer.config import ContractSettings
 from indexer.model import Block, Event, Quarantined
+from indexer.sources import trace
 from indexer.sources.abi import EventDecoder, Undecodable, bloom_mask, compile_contract
 from indexer.sources.endpoint import Impossible
 from indexer.sources.wire import Log, to_bytes
@@ -77,7 +79,7 @@ class Contracts:
         blocks: list[Block] = []
         quarantined: list[Quarantined] = []
         events: list[Event] = []
-        current = ""
+        current, started = "", time.perf_counter()
         for n, one in enumerate(logs):
             if one.block_number != current:
                 if events:
@@ -89,6 +91,8 @@ class Contracts:
                 await asyncio.sleep(0)
         if events:
             blocks.append(_block(logs[-1], timestamps, events))
+        if noted := trace.current():
+            noted.decoded(len(logs), time.perf_counter() - started)
         return tuple(blocks), tuple(quarantined)
 
     def _decode(self, log: Log, events: list[Event], quarantined: list[Quarantined]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from indexer.model import Block, BlockRef, Event, Quarantined
+from indexer.sources import trace
 from indexer.sources.endpoint import Impossible
 
 PLAYED, MANAGE_ENTITY = "Played", "ManageEntity"
@@ -143,7 +145,7 @@ async def decoded(blocks: Sequence[CoreBlock | RawBlock]) -> Decoded:
     """The blocks' events, a turn at a time, so that the commit under way keeps going; raises Impossible."""
     found: list[Block] = []
     quarantined: list[Quarantined] = []
-    total, turn = 0, _EVENTS_A_TURN
+    total, turn, started = 0, _EVENTS_A_TURN, time.perf_counter()
     for one in blocks:
         ref, timestamp = BlockRef(height(one.height), _hash(one.hash)), seconds(one.timestamp)
         events = _events(one, ref, quarantined)
@@ -153,6 +155,8 @@ async def decoded(blocks: Sequence[CoreBlock | RawBlock]) -> Decoded:
         if total >= turn:
             turn = total + _EVENTS_A_TURN
             await asyncio.sleep(0)
+    if noted := trace.current():
+        noted.decoded(sum(len(one.transactions or ()) for one in blocks), time.perf_counter() - started)
     return Decoded(tuple(found), tuple(quarantined), ref, timestamp, total)
 
 

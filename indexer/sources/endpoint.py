@@ -14,6 +14,7 @@ import msgspec
 
 from indexer import metrics
 from indexer.config import EndpointSettings
+from indexer.sources import trace
 from indexer.sources.provider_errors import Kind, Trouble, classify
 
 T = TypeVar("T")
@@ -107,6 +108,8 @@ class Endpoint:
         if about.method in self.measured and calls == 1:
             self.latency = seconds if not self.latency else 0.8 * self.latency + 0.2 * seconds
         metrics.rpc_seconds.labels(self.name, about.method).observe(seconds)
+        if noted := trace.current():
+            noted.requests.append(trace.Request(self.name, about.method, seconds, len(raw)))
         about.raw, about.status = raw, response.status
         about.retry_after = _seconds(response.headers.get("Retry-After"))
 
@@ -148,6 +151,8 @@ class Endpoint:
         outcome = outcome or _OUTCOMES.get(trouble.kind, "error")
         metrics.rpc_requests_total.labels(self.name, method, outcome).inc()
         trouble = dataclasses.replace(trouble, message=self._masked(trouble.message))
+        if noted := trace.current():
+            noted.troubles.append(f"{self.name}: {method}: {trouble.message}")
         return RpcTrouble(self, method, trouble, outcome, code=code, declined=declined)
 
     def _masked(self, text: str) -> str:
