@@ -25,6 +25,7 @@ PlatformCollector(registry=registry)
 # series more of each hook, of each route, and of each method at each endpoint.
 _SECONDS = (0.002, 0.01, 0.05, 0.2, 1, 5, 30)
 _REQUEST_SECONDS = (0.01, 0.05, 0.2, 1, 5)
+_HTTP_SECONDS = (0.02, 0.1, 0.5, 3)
 _JOB_SECONDS = (0.05, 0.5, 5, 30, 300)
 _DEPTHS = (1, 2, 3, 5, 8, 13, 21, 34, 64, 128)
 
@@ -90,7 +91,7 @@ play_events_total = _counter("play_events_total", "Plays of people archived")
 token_refreshes_total = _counter("token_refreshes_total", "Refreshes of people's tokens", "outcome")
 
 http_requests_total = _counter("http_requests_total", "Requests to the sidecar's API", "route", "status")
-http_seconds = _histogram("http_seconds", "Time of a request to the sidecar's API", "route", buckets=_REQUEST_SECONDS)
+http_seconds = _histogram("http_seconds", "Time of a request to the sidecar's API", "route", buckets=_HTTP_SECONDS)
 
 db_pool_connections = _gauge("db_pool_connections", "Connections of the pool: used, idle, and their limit", "state")
 

@@ -165,7 +165,8 @@ def template(request: web.Request) -> str:
 def _note(request: web.Request, status: int, seconds: float) -> None:
     route, caller = template(request), request.get(CALLER)
     metrics.http_requests_total.labels(route, f"{status // 100}xx").inc()
-    metrics.http_seconds.labels(route).observe(seconds)
+    if route not in _QUIET:
+        metrics.http_seconds.labels(route).observe(seconds)
     say = log.get().debug if route in _QUIET else log.get().info
     say(
         "request", method=request.method if route != _UNMATCHED else None, route=route, status=status,

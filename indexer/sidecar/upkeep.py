@@ -52,7 +52,8 @@ async def publish(connection: Connection, kinds: Collection[str]) -> None:
         for state in STATES:
             number, seconds = found.get((kind, state), (0, 0.0))
             metrics.jobs.labels(kind, state).set(number)
-            metrics.job_oldest_seconds.labels(kind, state).set(seconds)
+            if state != "unfinal":  # when that is due says the chain
+                metrics.job_oldest_seconds.labels(kind, state).set(seconds)
     closed = {one["kind"] for one in await gates.standing(connection)}
     for kind in kinds:
         metrics.gate_closed.labels(kind).set(kind in closed)
