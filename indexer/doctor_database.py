@@ -29,6 +29,7 @@ _SILENT_SECONDS = 30.0
 _FREE_SHARE, _FREE_BYTES, _FULL_BYTES = 0.1, 5 << 30, 256 << 20
 _SIDECAR_CONNECTIONS = 2  # beside the pool
 _GROUP = "database"
+_HELP = "see what the database says, and what the role of database.url may do"
 _TRIGGERS = [f"indexer_journal_{what}" for what in ("insert", "update", "delete", "truncate")]
 
 
@@ -52,14 +53,14 @@ async def examine(
             ("clock", patient.clock), ("space", patient.space), ("connections", patient.connections),
             ("chain", patient.chain),
         ):  # fmt: skip
-            await checkup.run(_GROUP, name, work())
+            await checkup.run(_GROUP, name, work(), _HELP)
         if patient.row is not None:
             if undoable:
-                await checkup.run(_GROUP, "journal", patient.journal())
+                await checkup.run(_GROUP, "journal", patient.journal(), _HELP)
             for name, work in (("leader", patient.leader), ("failures", patient.failures), ("gaps", patient.gaps)):
-                await checkup.run("daemon", name, work())
+                await checkup.run("daemon", name, work(), _HELP)
         if sidecar:
-            await checkup.run("sidecar", "jobs", patient.jobs())
+            await checkup.run("sidecar", "jobs", patient.jobs(), _HELP)
         return patient.known
 
 
@@ -110,7 +111,7 @@ class _Patient:
         missing = await migrations.pending(self._connection, lines)
         self._pending = bool(missing)
         if missing:
-            names = ", ".join(f"{one.line}/{one.name}" for one in missing[:5])
+            names = ", ".join(f"{one.line}/{one.path.name}" for one in missing[:5])
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             return warn(f"{len(missing)} to apply: {names}{more}", "`indexer run` applies them, or `indexer migrate`")
         return ok("all are applied")
