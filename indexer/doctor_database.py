@@ -14,7 +14,7 @@ import asyncpg
 from indexer import ledger, migrations
 from indexer.app import migration_lines, open_database
 from indexer.config import Settings
-from indexer.db import Connection, beside, is_led, shown, translated
+from indexer.db import Connection, is_led, shown, sidecars, standbys, translated
 from indexer.doctor_finding import Checkup, Verdict, fail, ok, warn
 from indexer.doctor_nodes import Known
 from indexer.embedded import default_data_dir
@@ -306,7 +306,7 @@ class _Patient:
     async def leader(self) -> Verdict:
         row = await ledger.standing(self._connection, self._chain.name)
         assert row is not None
-        standbys, _ = await beside(self._connection)
+        waiting = await standbys(self._connection, self._chain.id)
         seen, head = row["seen_seconds_ago"], row["head"]
         if not await is_led(self._connection, self._chain.id):
             return warn(f"none runs; the last was seen {duration(seen)} ago", "start one: indexer run")
@@ -315,7 +315,7 @@ class _Patient:
             return fail(f"{said}: it says nothing", "look at its log and at its /livez")
         behind = max((head or 0) - row["cursor"], 0)
         lag = f", {behind:,} blocks behind" if behind else ", at the head"
-        return ok(f"{said}{lag}, {f'{standbys} standing by' if standbys else 'no standby'}")
+        return ok(f"{said}{lag}, {f'{waiting} standing by' if waiting else 'no standby'}")
 
     async def failures(self) -> Verdict:
         found = await ledger.open_failures(self._connection, self._chain.id)
@@ -347,12 +347,12 @@ class _Patient:
             found = await depth(self._connection)
         except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
             return warn("there is no queue yet", "indexer migrate")
-        _, sidecars = await beside(self._connection)
+        workers = await sidecars(self._connection)
         counts = {state: sum(one.jobs for one in found if one.state == state) for state in ("waiting", "held")}
-        said = f"{counts['waiting']:,} waiting, {counts['held']:,} held, {sidecars} sidecars"
+        said = f"{counts['waiting']:,} waiting, {counts['held']:,} held, {workers} sidecars"
         if counts["held"]:
             return warn(said, "indexer jobs list --state held, then requeue or cancel them")
-        if counts["waiting"] and not sidecars:
+        if counts["waiting"] and not workers:
             return warn(said, "start one: indexer sidecar")
         return ok(said)
 
