@@ -237,22 +237,17 @@ async def is_led(connection: Connection, chain: int) -> bool:
         )
 
 
-async def beside(connection: Connection) -> tuple[int, int]:
-    """How many daemons stand by in this database, whatever their chain, and how many sidecars work there."""
+async def sidecars(connection: Connection) -> int:
+    """How many sidecars work in this database."""
     with translated():
-        row = await connection.fetchrow(
-            """
-            select count(*) filter (where application_name = 'indexer writer' and not exists (
-                       select from pg_locks
-                       where pg_locks.pid = activity.pid and locktype = 'advisory' and granted and objsubid = 2
-                         and classid::bigint = hashtext('indexer.leader')::bigint & 4294967295
-                   )) as standbys,
-                   count(*) filter (where application_name = 'indexer sidecar') as sidecars
-            from pg_stat_activity as activity where datname = current_database()
-            """
+        return int(
+            await connection.fetchval(
+                """
+                select count(*) from pg_stat_activity
+                where datname = current_database() and application_name = 'indexer sidecar'
+                """
+            )
         )
-    assert row is not None
-    return row["standbys"], row["sidecars"]
 
 
 def shown(dsn: str) -> str:

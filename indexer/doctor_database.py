@@ -14,7 +14,7 @@ import asyncpg
 from indexer import ledger, migrations
 from indexer.app import migration_lines, open_database
 from indexer.config import Settings
-from indexer.db import Connection, beside, is_led, shown, translated
+from indexer.db import Connection, is_led, shown, sidecars, standbys, translated
 from indexer.doctor_finding import Checkup, Verdict, fail, ok, warn
 from indexer.doctor_nodes import Known
 from indexer.embedded import default_data_dir
@@ -29,6 +29,7 @@ _SILENT_SECONDS = 30.0
 _FREE_SHARE, _FREE_BYTES, _FULL_BYTES = 0.1, 5 << 30, 256 << 20
 _SIDECAR_CONNECTIONS = 2  # beside the pool
 _GROUP = "database"
+_HELP = "see what the database says, and what the role of database.url may do"
 _TRIGGERS = [f"indexer_journal_{what}" for what in ("insert", "update", "delete", "truncate")]
 
 
@@ -52,14 +53,14 @@ async def examine(
             ("clock", patient.clock), ("space", patient.space), ("connections", patient.connections),
             ("chain", patient.chain),
         ):  # fmt: skip
-            await checkup.run(_GROUP, name, work())
+            await checkup.run(_GROUP, name, work(), _HELP)
         if patient.row is not None:
             if undoable:
-                await checkup.run(_GROUP, "journal", patient.journal())
+                await checkup.run(_GROUP, "journal", patient.journal(), _HELP)
             for name, work in (("leader", patient.leader), ("failures", patient.failures), ("gaps", patient.gaps)):
-                await checkup.run("daemon", name, work())
+                await checkup.run("daemon", name, work(), _HELP)
         if sidecar:
-            await checkup.run("sidecar", "jobs", patient.jobs())
+            await checkup.run("sidecar", "jobs", patient.jobs(), _HELP)
         return patient.known
 
 
@@ -110,7 +111,7 @@ class _Patient:
         missing = await migrations.pending(self._connection, lines)
         self._pending = bool(missing)
         if missing:
-            names = ", ".join(f"{one.line}/{one.name}" for one in missing[:5])
+            names = ", ".join(f"{one.line}/{one.path.name}" for one in missing[:5])
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             return warn(f"{len(missing)} to apply: {names}{more}", "`indexer run` applies them, or `indexer migrate`")
         return ok("all are applied")
@@ -305,7 +306,7 @@ class _Patient:
     async def leader(self) -> Verdict:
         row = await ledger.standing(self._connection, self._chain.name)
         assert row is not None
-        standbys, _ = await beside(self._connection)
+        waiting = await standbys(self._connection, self._chain.id)
         seen, head = row["seen_seconds_ago"], row["head"]
         if not await is_led(self._connection, self._chain.id):
             return warn(f"none runs; the last was seen {duration(seen)} ago", "start one: indexer run")
@@ -314,7 +315,7 @@ class _Patient:
             return fail(f"{said}: it says nothing", "look at its log and at its /livez")
         behind = max((head or 0) - row["cursor"], 0)
         lag = f", {behind:,} blocks behind" if behind else ", at the head"
-        return ok(f"{said}{lag}, {f'{standbys} standing by' if standbys else 'no standby'}")
+        return ok(f"{said}{lag}, {f'{waiting} standing by' if waiting else 'no standby'}")
 
     async def failures(self) -> Verdict:
         found = await ledger.open_failures(self._connection, self._chain.id)
@@ -346,12 +347,12 @@ class _Patient:
             found = await depth(self._connection)
         except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
             return warn("there is no queue yet", "indexer migrate")
-        _, sidecars = await beside(self._connection)
+        workers = await sidecars(self._connection)
         counts = {state: sum(one.jobs for one in found if one.state == state) for state in ("waiting", "held")}
-        said = f"{counts['waiting']:,} waiting, {counts['held']:,} held, {sidecars} sidecars"
+        said = f"{counts['waiting']:,} waiting, {counts['held']:,} held, {workers} sidecars"
         if counts["held"]:
             return warn(said, "indexer jobs list --state held, then requeue or cancel them")
-        if counts["waiting"] and not sidecars:
+        if counts["waiting"] and not workers:
             return warn(said, "start one: indexer sidecar")
         return ok(said)
 

@@ -56,15 +56,17 @@ class Checkup:
         self.seconds, self.findings, self._tell = seconds, list[Finding](), tell
 
     async def run(self, group: str, check: str, work: Coroutine[Any, Any, Verdict], advice: str = "") -> bool:
-        """Run one check for at most its time; false where it fails. `advice` is for an error that brings none."""
+        """Run one check for at most its time; false where it fails. `advice` is for a verdict that brings none."""
         started, task = time.monotonic(), asyncio.create_task(work)
         try:
             await asyncio.wait({task}, timeout=self.seconds)
-            verdict = _verdict(task, advice) if task.done() else fail(f"no answer within {self.seconds:g} s", advice)
+            verdict = _verdict(task) if task.done() else fail(f"no answer within {self.seconds:g} s")
         finally:
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task}, timeout=_GRACE_SECONDS)
+        if verdict.state != "ok":
+            verdict = verdict._replace(advice=verdict.advice or advice)
         self.add(group, check, verdict, time.monotonic() - started)
         return verdict.state != "fail"
 
@@ -78,13 +80,13 @@ class Checkup:
         return any(one.state == "fail" for one in self.findings)
 
 
-def _verdict(task: asyncio.Task[Verdict], advice: str) -> Verdict:
+def _verdict(task: asyncio.Task[Verdict]) -> Verdict:
     """What the check says, or its error in words that hold no address and no key."""
     try:
         return task.result()
     except RpcTrouble as failed:
-        return fail(f"{failed.method}: {failed.trouble.message}", advice)
+        return fail(f"{failed.method}: {failed.trouble.message}")
     except (IndexerError, Impossible, asyncpg.PostgresError) as error:
-        return fail(str(error), advice)
+        return fail(str(error))
     except (Exception, asyncio.CancelledError) as error:  # whatever it is, the next check goes on
-        return fail(f"broke off with {type(error).__name__}", advice)
+        return fail(f"broke off with {type(error).__name__}")

@@ -58,18 +58,18 @@ async def examine(checkup: Checkup, settings: Settings, contracts: Contracts | N
                 well = await checkup.run(group, "network", core.network(wanted), _REACH)
                 if well:
                     await checkup.run(group, "head", core.head(), _REACH)
-                    await checkup.run(group, "history", core.history(known.next_block))
+                    await checkup.run(group, "history", core.history(known.next_block), _REACH)
             else:
                 evm = _Evm(RpcEndpoint(one, session, checkup.seconds), node, settings)
                 well = await checkup.run(group, "network", evm.network(wanted), _REACH)
                 if well and await checkup.run(group, "head", evm.head(), _REACH):
-                    await checkup.run(group, "finality", evm.finality())
-                    await checkup.run(group, "history", evm.history(known.next_block))
+                    await checkup.run(group, "finality", evm.finality(), _REACH)
+                    await checkup.run(group, "history", evm.history(known.next_block), _REACH)
                     if contracts is not None:
-                        await checkup.run(group, "log ranges", evm.log_ranges(contracts))
-                    await checkup.run(group, "batches", evm.batches())
+                        await checkup.run(group, "log ranges", evm.log_ranges(contracts), _REACH)
+                    await checkup.run(group, "batches", evm.batches(), _REACH)
                     if one.ws is not None:
-                        await checkup.run(group, "websocket", _websocket(session, one, node.chain_id))
+                        await checkup.run(group, "websocket", _websocket(session, one, node.chain_id), _REACH)
             if well:
                 nodes[one.label] = node
     heights = {name: node.newest for name, node in nodes.items() if node.newest >= 0}

@@ -13,13 +13,13 @@ from rich.table import Table
 from indexer import ledger, queue
 from indexer.app import open_database
 from indexer.config import Settings
-from indexer.db import Connection, beside, is_led, translated
+from indexer.db import Connection, is_led, sidecars, standbys, translated
 
 
 async def facts(connection: Connection, chain_name: str) -> dict[str, Any] | None:
     """The facts of one chain, ready for JSON; None where the database does not know it (yet).
 
-    `standbys` and `sidecars` are those of all chains of the database, and so are the `jobs`.
+    `sidecars` and `jobs` are those of the whole database.
     """
     try:
         row = await ledger.standing(connection, chain_name)
@@ -31,7 +31,6 @@ async def facts(connection: Connection, chain_name: str) -> dict[str, Any] | Non
         jobs = await queue.depth(connection)
     except asyncpg.UndefinedTableError:  # not migrated so far
         jobs = []
-    standbys, sidecars = await beside(connection)
     gaps = await ledger.gaps(connection, row["id"])
     failures = await ledger.open_failures(connection, row["id"])
     head = row["head"] if row["head"] is not None else row["cursor"]
@@ -42,7 +41,7 @@ async def facts(connection: Connection, chain_name: str) -> dict[str, Any] | Non
     return {
         "chain": row["name"], "chain_id": row["identity"], "source": row["source"], "start_block": row["start_block"],
         "running": running, "leader": row["leader"], "seen_seconds_ago": round(row["seen_seconds_ago"], 1),
-        "standbys": standbys, "sidecars": sidecars,
+        "standbys": await standbys(connection, row["id"]), "sidecars": await sidecars(connection),
         "head": row["head"], "final": row["final"], "cursor": row["cursor"],
         "lag_blocks": lag_blocks,
         "lag_seconds": round(max(0.0, time.time() - block_time), 1) if lag_blocks and block_time else 0.0,

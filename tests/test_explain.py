@@ -27,6 +27,7 @@ from indexer.fakechain import FakeCoreNode, http_error
 from indexer.follow import Follower, Outcome
 from indexer.pipeline import Pipeline
 from indexer.registry import Registered
+from indexer.replay import Replayer
 from indexer.state import State
 
 BAD = [6, 14]
@@ -155,6 +156,12 @@ async def test_on_a_core_chain_tables_are_watched_for_the_dry_run_alone(
         assert of(facts, "plays")["dry_run"]["found"] == {"plays": 3} and facts["dry_run"]["how"] == "again"
         assert await connection.fetchval("select count(*) from pg_trigger where tgname ~ '^indexer_journal'") == 0
         assert await everything(connection) == before
+
+        # a dry run of replay shows what changes there, too
+        await connection.execute("update indexer.coverage set blocks = '{}' where hook = 'aggregates'")
+        replayer = Replayer(connection, row, registered, source, "replay")
+        rehearsed = await replayer.rehearse(await replayer.plan(1, 3, ["aggregates"]))
+        assert {one.table: one.changed for one in rehearsed.tables}["aggregate_plays"] == 5
 
         # a table that somebody else holds is not waited for: the hook's own count stands in
         other = await asyncpg.connect(database_url)
