@@ -17,6 +17,10 @@ from indexer.pytest_plugin import HASTY, Databases
 
 __all__ = ["HASTY"]
 
+# how long an example takes says how busy the machine is
+settings.register_profile("calm", deadline=None)
+settings.load_profile("calm")
+
 # Some machines forbid Python to keep what it compiled. The hundreds of processes that the tests start would each
 # compile every library anew, for more than a second each.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -138,6 +138,8 @@ async def signing_in(
         stage.api = await stack.enter_async_context(
             serving_api(
                 database_url, ROUTES, resources,
+                # a hundred people at once, perhaps on a busy machine: who waits for a connection is not to be refused
+                database={"connect_timeout_seconds": 30},
                 providers={"spotify": {name: value for name, value in given.items() if value is not None}},
                 listening={"token_key": TOKEN_KEY, "visits_per_minute": 100_000, **listening},
             )
