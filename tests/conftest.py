@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 import structlog
 from daemon import Commands
+from hypothesis import settings
 from privacy import overheard, personal
 
 from indexer import metrics
