@@ -69,10 +69,12 @@ class Line:
     @asynccontextmanager
     async def laid(self) -> AsyncIterator[Line]:
         tasks: set[asyncio.Task[None]] = set()
+        ends: list[asyncio.StreamWriter] = []
 
         async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await self._there.wait()
             far_reader, far_writer = await self._far()
+            ends.extend((writer, far_writer))
             tasks.add(asyncio.create_task(self._carry(reader, far_writer, self._there)))
             tasks.add(asyncio.create_task(self._carry(far_reader, writer, self._back)))
 
@@ -86,3 +88,5 @@ class Line:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            for end in ends:  # a session that was cut in a message would wait for its rest, and the server for it
+                end.transport.abort()

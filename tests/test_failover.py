@@ -21,6 +21,7 @@ import asyncpg
 import msgspec
 import pytest
 from daemon import (
+    PATIENCE_SECONDS,
     Commands,
     Daemon,
     Placed,
@@ -244,7 +245,7 @@ def cut_off(what: str, cut: Callable[[Line], Awaitable[None] | None]) -> Callabl
 def in_the_middle(kind: bytes) -> Callable[[Line], Awaitable[None]]:
     async def cut(line: Line) -> None:
         line.snap(kind)
-        await asyncio.wait_for(line.snapped.wait(), 5)
+        await asyncio.wait_for(line.snapped.wait(), PATIENCE_SECONDS)
 
     return cut
 
