@@ -30,7 +30,7 @@ from indexer.state import Role, State
 
 T = TypeVar("T")
 
-_STANDBY_SECONDS = 1.0
+_STANDBY_SECONDS = 0.5
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 10.0
 

@@ -1,13 +1,12 @@
-"""Of several writers at most one commits: a split network, a foreign hand on the cursor; and a node with two heads."""
+"""Of several writers at most one commits: two at once, a foreign hand on the cursor; and a node with two heads."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import aiohttp
 import asyncpg
@@ -23,73 +22,11 @@ from indexer.model import BlockRef
 pytestmark = pytest.mark.timeout(120)
 
 
-class Line:
-    """A line to Postgres that can be cut: what is sent then is lost, as in a network that splits, and no end hears."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
-        self._host, self._port = query.get("host", parts.hostname), query.get("port", str(parts.port or 5432))
-        self._user, self._path = parts.netloc.rpartition("@")[0], parts.path
-        self.up = asyncio.Event()
-        self.up.set()
-        self.url = ""
-
-    async def _ahead(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if self._host and self._host.startswith("/"):
-            return await asyncio.open_unix_connection(f"{self._host}/.s.PGSQL.{self._port}")
-        return await asyncio.open_connection(self._host, int(self._port))
-
-    async def _carry(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            while data := await source.read(65_536):
-                await self.up.wait()
-                target.write(data)
-                await target.drain()
-            await self.up.wait()
-        target.close()
-
-    @asynccontextmanager
-    async def laid(self) -> AsyncIterator[Line]:
-        tasks: set[asyncio.Task[None]] = set()
-
-        async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await self.up.wait()
-            far_reader, far_writer = await self._ahead()
-            tasks.add(asyncio.create_task(self._carry(reader, far_writer)))
-            tasks.add(asyncio.create_task(self._carry(far_reader, writer)))
-
-        server = await asyncio.start_server(connect, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        self.url = f"postgresql://{self._user}@127.0.0.1:{port}{self._path}"
-        try:
-            yield self
-        finally:
-            server.close()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-
 async def assert_right(connection: asyncpg.Connection, plays: list[Placed]) -> None:
     found, wanted = await tables(connection), expected(plays)
     for name, rows in wanted.items():
         assert found[name] == rows, name
     assert await gaps(connection) == 0
-
-
-async def test_a_leader_that_is_cut_off_from_postgres(
-    connection: asyncpg.Connection, database_url: str, tmp_path: Path
-) -> None:
-    chain, plays = history(40)
-    async with (
-        FakeNode(chain) as node,
-        Line(database_url).laid() as line,
-        Daemon(tmp_path, settings(line.url, node.url)) as cut_off,
-    ):
-        await cut_off.reached(connection, 40)
-        async with Daemon(tmp_path, settings(database_url, node.url)) as standby:
-            await split(connection, chain, plays, line, cut_off, standby)
 
 
 async def test_two_that_start_at_the_same_moment(
@@ -107,31 +44,6 @@ async def test_two_that_start_at_the_same_moment(
 
             await until(both_ready, "one leads and one stands by")
             await assert_right(connection, plays)
-
-
-async def split(
-    connection: asyncpg.Connection, chain: FakeChain, plays: list[Placed], line: Line, cut_off: Daemon, standby: Daemon
-) -> None:
-    """Cut the leader off, let the standby take over, and join them again."""
-    await standby.logged("standing by")
-    line.up.clear()
-    cut = time.monotonic()
-    plays = plays + mine(chain, Listeners(5).plays(6, 1_700_000_000))
-    await standby.logged("leader acquired", seconds=15)
-    assert time.monotonic() - cut < 10
-    await standby.reached(connection, chain.head.number)
-    since = len(cut_off.log)
-    line.up.set()
-    plays += mine(chain, Listeners(6).plays(6, 1_700_000_000))
-    await standby.reached(connection, chain.head.number)
-
-    async def stands_by() -> bool:
-        return bool((await cut_off.get_json("readyz"))[1]["role"] == "standby")
-
-    await until(stands_by, "the one that was cut off stands by")
-    told = [one["event"] for one in cut_off.log[max(0, since - 5) :] if one["level"] == "warning"]
-    assert "database unavailable" in told or "leadership lost" in told
-    await assert_right(connection, plays)
 
 
 async def test_a_foreign_hand_on_the_cursor(connection: asyncpg.Connection, database_url: str, tmp_path: Path) -> None:
