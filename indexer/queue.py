@@ -122,8 +122,8 @@ class Depth(msgspec.Struct, frozen=True):
     seconds: float
 
 
-async def depth(connection: Connection) -> list[Depth]:
-    """The whole queue, by kind and state."""
+async def depth(connection: Connection, *, timeout: float | None = None) -> list[Depth]:
+    """The whole queue, by kind and state; `timeout` in seconds, by default the connection's."""
     rows = await connection.fetch(
         """
         with jobs as (
@@ -136,7 +136,8 @@ async def depth(connection: Connection) -> list[Depth]:
         )
         select kind, state, count(*) as jobs, greatest(extract(epoch from now() - min(since)), 0)::float8 as seconds
         from jobs group by kind, state order by kind, state
-        """
+        """,
+        timeout=timeout,
     )
     return [Depth(**dict(row)) for row in rows]
 

@@ -10,7 +10,9 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any, TypeVar
 
-from indexer import ledger, log
+import msgspec
+
+from indexer import ledger, log, queue
 from indexer.config import ProvidersSettings, Settings
 from indexer.db import Connection, Database, is_led, standbys
 from indexer.errors import IndexerError
@@ -234,21 +236,7 @@ async def _failures(connection: Connection, chain: int) -> tuple[int, list[dict[
 
 async def _jobs(connection: Connection) -> dict[str, Any]:
     """How many jobs there are by kind and state, with the age of the oldest that is due; and those that are held."""
-    counts = await connection.fetch(
-        """
-        with jobs as (
-            select entrypoint as kind,
-                   case status when 'picked' then 'running' when 'failed' then 'held' else 'waiting' end as state,
-                   case status when 'queued' then execute_after else updated end as since
-            from indexer.pgqueuer
-            union all
-            select kind, 'unfinal', now() from indexer.waiting_job
-        )
-        select kind, state, count(*) as jobs, greatest(extract(epoch from now() - min(since)), 0)::float8 as seconds
-        from jobs group by kind, state order by kind, state
-        """,
-        timeout=_QUERY_SECONDS,
-    )
+    counts = await queue.depth(connection, timeout=_QUERY_SECONDS)
     held = await connection.fetch(
         """
         select job.id, job.entrypoint as kind, job.attempts, job.updated as since,
@@ -262,7 +250,7 @@ async def _jobs(connection: Connection) -> dict[str, Any]:
         """,
         _HELD, timeout=_QUERY_SECONDS,
     )  # fmt: skip
-    return {"counts": [dict(row) for row in counts], "held": [dict(row) for row in held]}
+    return {"counts": [msgspec.structs.asdict(one) for one in counts], "held": [dict(row) for row in held]}
 
 
 async def _budgets(connection: Connection, settings: ProvidersSettings) -> list[dict[str, Any]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
+import pytest_asyncio
 import structlog
 from daemon import Commands
 from hypothesis import settings
@@ -15,6 +17,9 @@ from privacy import overheard, personal
 
 from indexer import metrics
 from indexer.pytest_plugin import HASTY, Databases
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser
 
 __all__ = ["HASTY"]
 
@@ -56,6 +61,15 @@ def _nothing_personal_in_metrics() -> Iterator[None]:
     """Nor, at the end of all of them, into the metrics."""
     yield
     assert not personal(metrics.exposition().decode())
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    """A real Chromium for the tests of one module, which share the module's loop."""
+    from browserkit import chromium  # slow to import, and for few
+
+    async with chromium() as started:
+        yield started
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -19,8 +18,9 @@ import pytest
 import pytest_asyncio
 from apikit import Api, Told, serving_api
 from axe_playwright_python.async_playwright import Axe
+from browserkit import DESK, PHONE
 from heardkit import add_catalogue, add_person, add_plays, add_track, made_plays
-from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright, expect
+from playwright.async_api import Browser, ConsoleMessage, Page, expect
 
 from indexer.config import DatabaseSettings, ListeningSettings, SpotifySettings
 from indexer.db import Database
@@ -37,12 +37,6 @@ from indexer.sidecar.providers.spotify_user import SpotifyUser
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.asyncio(loop_scope="module")]
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ARGUMENTS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-PHONE, DESK = {"width": 375, "height": 812}, {"width": 1280, "height": 900}
 SHOTS = os.environ.get("PAGE_SHOTS")  # a folder: the pages as pictures, to be looked at
 HOSTILE = "<img src=x onerror=alert(1)>\"'><script>alert(2)</script>&amp;${1}$title"
 KEY = "a key of the tests, of more than 32 bytes"
@@ -264,19 +258,6 @@ async def test_who_gets_in_and_what_a_form_may_do(site: Site) -> None:
 
 
 # -- in a browser --------------------------------------------------------------------------------------------------
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    if BROWSER is None:
-        missing = "no Chromium here: the page is not looked at in a browser (apt-get install chromium)"
-        if os.environ.get("CI"):
-            pytest.fail(missing, pytrace=False)
-        pytest.skip(missing)
-    async with async_playwright() as playwright:
-        started = await playwright.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
-        yield started
-        await started.close()
 
 
 class Looked:
