@@ -1,4 +1,4 @@
-"""What is written about the code is held equal to it: the README's tables, the layers of the design, the examples."""
+"""What is written about the code is held equal to it: the tables of the reference, the layers of the design, the examples."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import ast
 import tomllib
 from pathlib import Path
 
-from reference import README, rendered
+from reference import README, REFERENCE, ROOT, rendered
 
 from indexer.config import Settings
-
-ROOT = README.parent
 
 # A file imports only from lines above it. Names of one line may know each other.
 LAYERS = (
@@ -67,8 +65,8 @@ def _imports(path: Path) -> set[str]:
     return found
 
 
-def test_readme_tables_are_those_of_the_code() -> None:
-    text = README.read_text()
+def test_the_references_tables_are_those_of_the_code() -> None:
+    text = REFERENCE.read_text()
     assert text == rendered(text), "run: .venv/bin/python tests/reference.py"
 
 
