@@ -39,21 +39,23 @@ async def test_a_restored_daemon_goes_on_and_undoes_a_fork_of_before(
     connection: asyncpg.Connection, database_url: str, empty_database_url: str, tmp_path: Path, commands: Commands
 ) -> None:
     chain, plays = history(30, final_lag=15)
+    dump = str(tmp_path / "indexer.dump")
     async with FakeNode(chain) as node:
         async with Daemon(tmp_path, settings(database_url, node.url)) as daemon:
             await daemon.reached(connection, 30)
             # beside the running daemon: a dump is one snapshot, at a block's border
-            await ran(tool("pg_dump"), "--format=custom", f"--file={tmp_path / 'indexer.dump'}", database_url)
+            await ran(tool("pg_dump"), "--format=custom", f"--file={dump}", database_url)
             assert await daemon.stop() == 0
         # by the time of the restore, the chain has other blocks from 26 on and is further on
         people, plays = Listeners(7), [one for one in plays if one.slot <= 25]
         others = [people.plays(3, 1_700_000_000) for _ in range(5)]
-        for block, some in zip(chain.fork(5, [[[played(one) for one in some]] for some in others]), others, strict=True):
+        fork = chain.fork(5, [[[played(one) for one in some]] for some in others])
+        for block, some in zip(fork, others, strict=True):
             plays += placed(block, some)
         for _ in range(5):
             plays += mine(chain, people.plays(3, 1_700_000_000))
 
-        await ran(tool("pg_restore"), "--exit-on-error", f"--dbname={empty_database_url}", str(tmp_path / "indexer.dump"))
+        await ran(tool("pg_restore"), "--exit-on-error", f"--dbname={empty_database_url}", dump)
         restored = settings(empty_database_url, node.url)
         (tmp_path / "indexer.toml").write_text(toml(restored))
         dry = await commands("migrate", "--dry-run", folder=tmp_path)
