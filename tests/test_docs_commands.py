@@ -28,6 +28,7 @@ GUIDE = ROOT / "deploy" / "docs" / "hooks.md"
 BUNDLED = ["entities", "plays", "aggregates", "milestones", "listeners", "challenges"]
 ACTIONS = {"jobs": cli_jobs._ACTIONS, "failures": ("list", "show", "retry"), "listeners": ("show", "reset")}
 PROGRAM: Any = typer.main.get_command(cli.app)
+PLACEHOLDERS = ("NUMBER", "FIRST", "LAST")
 # The names of others' programs in front of ours, and variables that are set for it.
 _COMMAND = re.compile(r"(?:\$ )?(?:\w+=\S+ )*(?:\S*/)?indexer (?!\d)(.+)")
 
@@ -52,7 +53,7 @@ def commands(path: Path, *, in_prose: bool = False) -> Iterator[list[str]]:
         lines = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(path))]
     for line in lines:
         if match := _COMMAND.fullmatch(line.strip()):
-            words = shlex.split(match[1], comments=True)
+            words = ["1" if word in PLACEHOLDERS else word for word in shlex.split(match[1], comments=True)]
             yield words[: next((place for place, word in enumerate(words) if word in (">", "|", "&&", "&")), None)]
 
 
