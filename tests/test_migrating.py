@@ -47,6 +47,8 @@ async def total(connection: asyncpg.Connection) -> int:
 
 async def test_the_cutover(connection: asyncpg.Connection) -> None:
     await connection.execute(ON_PLAY)
+    triggers = await connection.fetch(statement("select tgname"))
+    assert [tuple(row) for row in triggers] == [("on_play", b"O")]
     plays = [("Played", {"trackId": 1, "userId": 7, "playedAt": SECONDS, "signature": name}) for name in "abcdefghijkl"]
     before = make_blocks([plays[0]], [plays[1]], [plays[2]], [plays[3]])
     after = make_blocks(*([one] for one in plays[4:]), first=5)
@@ -71,6 +73,13 @@ async def test_the_cutover(connection: asyncpg.Connection) -> None:
     assert await total(connection) == 13 and await connection.fetchval("select count(*) from plays") == 13
     # "x" counts for the trigger's total, so the tenth play is the fifth of ours after the cutover
     assert await connection.fetchval("select slot from milestones where threshold = 10") == 9
+
+
+async def test_the_handbooks_statements(connection: asyncpg.Connection) -> None:
+    handbook = GUIDE.with_name("operations.md")
+    assert blocks(handbook, "sql")
+    for text in blocks(handbook, "sql"):
+        await connection.fetch(text)
 
 
 async def test_the_way_back(connection: asyncpg.Connection) -> None:
