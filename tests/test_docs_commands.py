@@ -58,7 +58,14 @@ def commands(path: Path, *, in_prose: bool = False) -> Iterator[list[str]]:
 
 
 def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
-    """The command's name and what it is given; raises what the program would show."""
+    """The command's name and what it is given; raises what the program would show.
+
+    Options of the program itself are only looked up: they do their work as soon as they are parsed.
+    """
+    if words[0].startswith("-"):
+        assert [words[0]] in [one.opts for one in PROGRAM.params] and len(words) == 1, "No such option"
+        return words[0], {}
+    assert not {"--help", "-h"}.intersection(words), "it would show its help and exit"
     command = PROGRAM
     context = command.make_context("indexer", list(words), resilient_parsing=False)
     rest = list(words)
@@ -89,7 +96,7 @@ def test_most_commands_are_in_the_documents() -> None:
     """So that the search for them is known to find some; and a wrong one is refused."""
     found = {words[0] for path in DOCUMENTS for words in commands(path)}
     assert {"run", "status", "replay", "gaps", "failures", "migrate", "verify", "rebuild", "jobs", "keys"} <= found
-    for wrong in ("replay 1", "replay one 2", "gaps --all", "chain agree x", "sing"):
+    for wrong in ("replay 1", "replay one 2", "gaps --all", "chain agree x", "sing", "--sing"):
         with pytest.raises(Exception, match=r"Missing|valid|No such"):
             parse(wrong.split())
 
