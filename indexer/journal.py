@@ -157,7 +157,7 @@ async def rewind(connection: Connection, chain: int, at: BlockRef, to: BlockRef)
     relations = await connection.fetch(
         """
         with recursive touched as (
-            select distinct relation from indexer.journal where chain = $1 and number > $2
+            select distinct relation::oid as relation from indexer.journal where chain = $1 and number > $2
         ), pointed_at (relation, depth) as (
             select relation, 0 from touched
             union
@@ -200,7 +200,7 @@ async def changes(connection: Connection, chain: int, number: int) -> dict[str, 
     """What this transaction, journalled under block `number`, did: by table the rows (before, after) as JSON texts."""
     relations = await connection.fetch(
         """
-        select distinct relation, relation::regclass::text as name from indexer.journal
+        select distinct relation::oid as relation, relation::text as name from indexer.journal
         where chain = $1 and number = $2 order by name
         """,
         chain, number,

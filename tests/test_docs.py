@@ -1,16 +1,11 @@
-"""What is written about the code is held equal to it: the README's tables, the layers of the design, the examples."""
+"""What is written about the code is held equal to it: the tables of the reference, the layers of the design."""
 
 from __future__ import annotations
 
 import ast
-import tomllib
 from pathlib import Path
 
-from reference import README, rendered
-
-from indexer.config import Settings
-
-ROOT = README.parent
+from reference import REFERENCE, ROOT, rendered
 
 # A file imports only from lines above it. Names of one line may know each other.
 LAYERS = (
@@ -67,15 +62,9 @@ def _imports(path: Path) -> set[str]:
     return found
 
 
-def test_readme_tables_are_those_of_the_code() -> None:
-    text = README.read_text()
+def test_the_references_tables_are_those_of_the_code() -> None:
+    text = REFERENCE.read_text()
     assert text == rendered(text), "run: .venv/bin/python tests/reference.py"
-
-
-def test_readme_example_is_a_valid_configuration() -> None:
-    example = README.read_text().split("```toml\n")[1].split("```")[0]
-    settings = Settings(**tomllib.loads(example))
-    assert settings.contracts[0].start_block == 19_000_000
 
 
 def test_every_file_imports_only_from_the_lines_above_it() -> None:
