@@ -131,9 +131,13 @@ async def _act(
 
 
 def on_database(
-    config: Path | None, secrets: Path | None, work: Callable[[Connection], Awaitable[int]], what: str
-) -> NoReturn:
-    """Run `work` on a connection of its own, and exit with the code that it returns; `what` its tables hold."""
+    config: Path | None, secrets: Path | None, work: Callable[[Connection], Awaitable[int]], what: str,
+    made_by: str = "indexer migrate",
+) -> NoReturn:  # fmt: skip
+    """Run `work` on a connection of its own, and exit with the code that it returns.
+
+    `what` its tables hold, and which command makes them, are said where there are none.
+    """
     import asyncpg
 
     from indexer import app as application
@@ -150,7 +154,7 @@ def on_database(
                 with db.translated():
                     return await work(connection)
             except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
-                raise UsageError(f"this database has no {what}: run indexer migrate") from None
+                raise UsageError(f"this database has no {what} yet: {made_by} makes its tables") from None
             finally:
                 connection.terminate()
 

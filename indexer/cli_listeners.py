@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+_MADE_BY = "indexer sidecar"
+
 
 @app.command(epilog="Example: indexer listeners, or: indexer listeners reset 3f6c1f0a-8f5e-4c43-9d9e-0c6f7d0b8a11")
 def listeners(
@@ -38,7 +40,7 @@ def listeners(
         raise UsageError("whose? indexer listeners reset ID" if action == "reset" else "show takes no further words")
     if which is not None:
         _reset(which, as_json, config, secrets)
-    on_database(config, secrets, lambda connection: _show(connection, limit, as_json), "people")
+    on_database(config, secrets, lambda connection: _show(connection, limit, as_json), "people", _MADE_BY)
 
 
 def _reset(which: str, as_json: bool, config: Path | None, secrets: Path | None) -> None:
@@ -55,7 +57,7 @@ def _reset(which: str, as_json: bool, config: Path | None, secrets: Path | None)
         typer.echo(json.dumps({"reset": str(listener)}) if as_json else f"reset {listener}: the next batch polls")
         return 0
 
-    on_database(config, secrets, work, "people")
+    on_database(config, secrets, work, "people", _MADE_BY)
 
 
 async def _show(connection: Connection, limit: int, as_json: bool) -> int:
