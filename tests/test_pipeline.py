@@ -389,6 +389,10 @@ async def _deadlock(url: str, tx: Tx) -> None:
         await tx.execute("set local deadlock_timeout = '50ms'")
         await tx.execute("update locks set id = id where id = 1")
         waiting = asyncio.ensure_future(other.execute("update locks set id = id where id = 1"))
+        # it has to wait before we do: whoever looks, looks once
+        blocked = "select exists (select from pg_locks where pid = $1 and not granted)"
+        while not await tx.fetchval(blocked, other.get_server_pid()):
+            await asyncio.sleep(0.002)
         await tx.execute("update locks set id = id where id = 2")
     finally:
         other.terminate()
