@@ -144,13 +144,13 @@ class Spotify:
         token = await self._valid_token()
         url = self._api.path("v1", *path)
         try:
-            return await self._api.ask(what, answer, "GET", url, params=params, headers=_bearer(token))
+            return await self._api.ask(what, answer, "GET", url, params=params, headers=bearer(token))
         except Terminal as error:
             if error.status != 401:
                 raise
         # The token was withdrawn before its time: a new one, once, unless another caller has one already.
         token = await self._valid_token(not_this=token)
-        return await self._api.ask(what, answer, "GET", url, params=params, headers=_bearer(token))
+        return await self._api.ask(what, answer, "GET", url, params=params, headers=bearer(token))
 
     async def _valid_token(self, not_this: str = "") -> str:
         """The token, renewed once for all who wait for it."""
@@ -163,11 +163,7 @@ class Spotify:
             return self._token
 
     async def _renewed(self) -> _Token:
-        name, secret = self._settings.client_id, self._settings.client_secret
-        if name is None or secret is None:
-            raise unset("spotify", "client_id" if name is None else "client_secret")
-        login = b64encode(f"{quote_plus(name)}:{quote_plus(secret.get_secret_value())}".encode()).decode()
-        headers = {"Authorization": f"Basic {login}", "Content-Type": "application/x-www-form-urlencoded"}
+        headers = form_headers(self._settings)
         url = self._accounts.path("api", "token")
         try:
             body = b"grant_type=client_credentials"
@@ -178,8 +174,18 @@ class Spotify:
             raise Failed("spotify", text, status=error.status, outcome=error.outcome) from None
 
 
-def _bearer(token: str) -> dict[str, str]:
+def bearer(token: str) -> dict[str, str]:
+    """What says for whom something is asked of the web API."""
     return {"Authorization": f"Bearer {token}"}
+
+
+def form_headers(settings: SpotifySettings) -> dict[str, str]:
+    """The application's own login at the accounts service, for a form; raises Failed where it is not set."""
+    name, secret = settings.client_id, settings.client_secret
+    if name is None or secret is None:
+        raise unset("spotify", "client_id" if name is None else "client_secret")
+    login = b64encode(f"{quote_plus(name)}:{quote_plus(secret.get_secret_value())}".encode()).decode()
+    return {"Authorization": f"Basic {login}", "Content-Type": "application/x-www-form-urlencoded"}
 
 
 def _told(asked: str, found: _Track) -> Track:

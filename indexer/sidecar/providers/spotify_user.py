@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
-from urllib.parse import parse_qsl, quote_plus, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import msgspec
 
 from indexer.config import SpotifySettings
 from indexer.sidecar.providers.errors import unset
 from indexer.sidecar.providers.http import Http
+from indexer.sidecar.providers.spotify import bearer, form_headers
 
 SCOPES = ("user-read-email", "user-read-recently-played", "user-top-read")
 PAGE = 50
@@ -88,29 +88,21 @@ class SpotifyUser:
     async def profile(self, access_token: str) -> Profile:
         """Who it is."""
         url = self._api.path("v1", "me")
-        return (await self._api.ask("a profile", Profile, "GET", url, headers=_bearer(access_token))).value
+        return (await self._api.ask("a profile", Profile, "GET", url, headers=bearer(access_token))).value
 
     async def recently_played(self, access_token: str, params: Mapping[str, str]) -> PlayedPage:
         """A page of plays: after or before a moment in Unix milliseconds, or the newest without either."""
         url = self._api.path("v1", "me", "player", "recently-played")
         answer = await self._api.ask(
-            "recent plays", _Played, "GET", url, params={"limit": str(PAGE), **params}, headers=_bearer(access_token)
+            "recent plays", _Played, "GET", url, params={"limit": str(PAGE), **params}, headers=bearer(access_token)
         )
         return PlayedPage(answer.value.items, _following(answer.value.next))
 
     async def _tokens(self, what: str, form: Mapping[str, str]) -> Tokens:
-        name, secret = self._settings.client_id, self._settings.client_secret
-        if name is None or secret is None:
-            raise unset("spotify", "client_id" if name is None else "client_secret")
-        login = b64encode(f"{quote_plus(name)}:{quote_plus(secret.get_secret_value())}".encode()).decode()
-        headers = {"Authorization": f"Basic {login}", "Content-Type": "application/x-www-form-urlencoded"}
+        headers = form_headers(self._settings)
         url = self._accounts.path("api", "token")
         body = urlencode(form).encode()
         return (await self._accounts.ask(what, Tokens, "POST", url, headers=headers, body=body)).value
-
-
-def _bearer(token: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"}
 
 
 def _following(url: str | None) -> Mapping[str, str] | None:
